@@ -1,0 +1,1 @@
+"""Term rules for the layers of other libraries; each file is imported only if its library is."""

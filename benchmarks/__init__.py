@@ -1,0 +1,1 @@
+"""Data and training suites around ace; run from a checkout, never part of the wheel."""
