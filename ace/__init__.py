@@ -1,0 +1,15 @@
+"""ace: train equivariant models through a relaxation that dual ascent removes."""
+
+from ace.relaxation import (
+    Relaxation,
+    base_state_dict,
+    projection_gap,
+    relax,
+    relaxations,
+    restore,
+    restored,
+    summary,
+)
+from ace.terms import register_term
+
+__version__ = "0.1.0"
