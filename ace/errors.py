@@ -51,6 +51,10 @@ class ConfigError(AceError):
     """A configuration has an unknown key or a value of the wrong type."""
 
 
+class NotWritten(AceError, OSError):
+    """A file could not be written (disk full, no permission); what was there before is intact."""
+
+
 class AceWarning(UserWarning):
     """Base of every warning issued by ace."""
 
