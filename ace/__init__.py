@@ -1,5 +1,8 @@
 """ace: train equivariant models through a relaxation that dual ascent removes."""
 
+from ace import checkpoint
+from ace.constraints import Bounded, Exact, Resilient
+from ace.problem import PrimalDual, Problem
 from ace.relaxation import (
     Relaxation,
     base_state_dict,

@@ -105,7 +105,8 @@ class Relaxation(nn.Module):
     def _add_tensor(self, output: Tensor, change: Tensor) -> Tensor:
         if change.shape != output.shape:
             raise ShapeMismatch(
-                f"{self.path}: the term returns shape {tuple(change.shape)} for an output of shape {tuple(output.shape)}"
+                f"{self.path}: the term returns shape {tuple(change.shape)} for an output of shape "
+                f"{tuple(output.shape)}"
             )
         if self.normalize:
             norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
@@ -113,9 +114,7 @@ class Relaxation(nn.Module):
             change = change * (size / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         if self.sizes is not None:
             # ‖f_neq‖² without γ, so that the derivative with respect to γ is known even at γ = 0
-            self.sizes.append(
-                (change.float().square().sum(), output.detach().float().square().sum(), output.numel())
-            )
+            self.sizes.append((change.float().square().sum(), output.detach().float().square().sum(), output.numel()))
         return output + (self.gamma * change).to(output.dtype)
 
     def retire(self) -> None:
@@ -181,13 +180,9 @@ def relax(
             f"the model already has relaxation terms at {', '.join(relaxations(model))}: call ace.restore(model) first"
         )
     if isinstance(term, str) and term not in MAPS:
-        raise AceError(
-            f"unknown term {term!r}: choose one of {', '.join(map(repr, MAPS))}, or pass a function"
-        )
+        raise AceError(f"unknown term {term!r}: choose one of {', '.join(map(repr, MAPS))}, or pass a function")
     if positions is not None and example is None:
-        raise AceError(
-            "positions= needs example=, which shows the layers whose rows are those of the positions"
-        )
+        raise AceError("positions= needs example=, which shows the layers whose rows are those of the positions")
     make = MAPS[term] if isinstance(term, str) else term
     chosen = _choose(model, layers, exclude)
     calls = _record(model, chosen, example) if example is not None else {}
@@ -405,15 +400,12 @@ class Summary(tuple[LayerStatus, ...]):
 
     def __str__(self) -> str:
         head = ("layer", "type", "γ", "‖γ f_neq‖/‖f_eq‖", "λ", "status")
-        number = lambda value: "–" if value is None else f"{value:.3g}"  # noqa: E731
         cells = [
-            (row.path, row.type, number(row.gamma), number(row.ratio), number(row.multiplier), row.status)
-            for row in self
+            (row.path, row.type, *map(_number, (row.gamma, row.ratio, row.multiplier)), row.status) for row in self
         ]
         widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
         lines = [
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
-            for line in [head, *cells]
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [head, *cells]
         ]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -522,9 +514,7 @@ def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> 
     picks = _matcher(known if layers is None else layers)
     spared = _matcher(exclude) if exclude is not None else lambda path, module: False
     chosen = {
-        path: module
-        for path, module in model.named_modules()
-        if picks(path, module) and not spared(path, module)
+        path: module for path, module in model.named_modules() if picks(path, module) and not spared(path, module)
     }
     if chosen:
         return chosen
@@ -537,9 +527,7 @@ def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> 
         )
     else:
         wanted = [layers] if isinstance(layers, str) else [t.__name__ for t in _types(layers)]
-        hint = f"no layer matched layers={layers!r}" + (
-            f" and not exclude={exclude!r}" if exclude is not None else ""
-        )
+        hint = f"no layer matched layers={layers!r}" + (f" and not exclude={exclude!r}" if exclude is not None else "")
     score = {
         name: max((difflib.SequenceMatcher(None, name.lower(), w.lower()).ratio() for w in wanted), default=0)
         for name in present
@@ -585,18 +573,14 @@ def _record(model: nn.Module, chosen: Mapping[str, nn.Module], example: Any) -> 
     finally:
         for handle in handles:
             handle.remove()
-    silent = [
-        p for p, layer in chosen.items() if p not in calls and not isinstance(layer, torch.jit.ScriptModule)
-    ]
+    silent = [p for p, layer in chosen.items() if p not in calls and not isinstance(layer, torch.jit.ScriptModule)]
     if silent:
         raise LayerNotCalled(_not_called(silent))
     return calls
 
 
 def _capture(select: str | int | Callable[..., Tensor], example: Any) -> Positions:
-    args: tuple[Any, ...] = (
-        example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    )
+    args: tuple[Any, ...] = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     value = select_argument(select, args, example if isinstance(example, dict) else {})
     captured = Positions(select, value.shape[-1])
     captured.value = value
@@ -686,6 +670,10 @@ def _flatten(output: Any) -> Tensor:
 
     collect(output)
     return torch.cat(found)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _status(relaxation: Relaxation) -> str:

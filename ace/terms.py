@@ -31,7 +31,8 @@ class Call(NamedTuple):
     output: Any
 
 
-class Port(NamedTuple):
+@dataclass(frozen=True)
+class Port:
     """An argument of a layer that its term reads, by position or by name."""
 
     index: int
@@ -44,7 +45,8 @@ class Port(NamedTuple):
         return value
 
 
-class Write(NamedTuple):
+@dataclass(frozen=True)
+class Write:
     """An output of a layer that its term changes: the output itself (None), or a place in a tuple or dict."""
 
     key: int | str | None
@@ -310,19 +312,15 @@ def generic_term(site: Site) -> nn.Module:
     """
     if site.call is None:
         raise NotAttachable(
-            f"the term of a {type(site.layer).__name__} is read off its input and output: pass relax(..., example=batch)"
+            f"the sizes of a {type(site.layer).__name__}'s term are read off a call: pass relax(..., example=batch)"
         )
     args, kwargs, output = site.call
     names = list(inspect.signature(site.layer.forward).parameters)
     inputs = [(index, names[index] if index < len(names) else "", value) for index, value in enumerate(args)]
-    inputs += [
-        (names.index(name) if name in names else sys.maxsize, name, value) for name, value in kwargs.items()
-    ]
+    inputs += [(names.index(name) if name in names else sys.maxsize, name, value) for name, value in kwargs.items()]
     tensors = [(index, name, value) for index, name, value in inputs if _is_features(value)]
     rows = {value.shape[:-1] for _, _, value in tensors}
-    changed = [
-        (key, value) for key, value in _leaves(output) if _is_features(value) and value.shape[:-1] in rows
-    ]
+    changed = [(key, value) for key, value in _leaves(output) if _is_features(value) and value.shape[:-1] in rows]
     if not changed:
         raise NotAttachable(
             "no output has the leading axes of an input, so no row-wise term fits: inputs "
@@ -331,17 +329,13 @@ def generic_term(site: Site) -> nn.Module:
             "to a layer inside it, or register_term for its type"
         )
     shape = changed[0][1].shape[:-1]
-    reads = [
-        Port(index, name, value.shape[-1]) for index, name, value in tensors if value.shape[:-1] == shape
-    ]
+    reads = [Port(index, name, value.shape[-1]) for index, name, value in tensors if value.shape[:-1] == shape]
     writes = [Write(key, value.shape[-1]) for key, value in changed if value.shape[:-1] == shape]
     return site.dense(reads, writes)
 
 
 def _is_features(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 and value.shape[-1] > 0
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 and value.shape[-1] > 0
 
 
 def _leaves(output: Any) -> list[tuple[int | str | None, Any]]:

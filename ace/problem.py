@@ -1,0 +1,627 @@
+r"""The constrained problem and the optimizer that solves it; the only file that knows Cooper.
+
+    min_θ,γ  J(θ, γ)   subject to   constraint on |γ_i| for each relaxed layer i
+
+``Problem`` poses it as a ``cooper.ConstrainedMinimizationProblem`` with one vector multiplier; ``PrimalDual`` is a
+``cooper.ConstrainedOptimizer`` with three forms: proximal (default), augmented, and the published one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed
+from cooper.cmp import CMPState, ConstrainedMinimizationProblem
+from cooper.constraints.constraint import Constraint as CooperConstraint
+from cooper.constraints.constraint_state import ConstraintState
+from cooper.formulations.formulations import AugmentedLagrangian, Lagrangian
+from cooper.multipliers.multipliers import DenseMultiplier
+from cooper.optim.constrained_optimizers.constrained_optimizer import ConstrainedOptimizer
+from cooper.optim.optimizer import RollOut
+from cooper.penalty_coefficients.penalty_coefficients import DensePenaltyCoefficient
+from cooper.utils.annotations import ConstraintType
+from torch import Tensor, nn
+
+from ace.constraints import Bounded, Constraint, Exact, Resilient
+from ace.errors import (
+    AceError,
+    CheckpointMismatch,
+    NonFiniteLoss,
+    NotRelaxed,
+    OptimizerMismatch,
+    ShapeMismatch,
+)
+from ace.proximal import ProximalGradient
+from ace.relaxation import Relaxation, check_called, measuring, relaxations
+
+Form = Literal["proximal", "augmented", "paper"]
+
+DUAL_RATE = 10.0
+"""κ_d: the dual rate times the planned steps, in the proximal and the augmented form."""
+PRIMAL_RATE = 20.0
+"""κ_γ: the rate of γ times the planned steps, in the proximal form."""
+RESILIENT_RATE = 40.0
+"""Dual rate of the resilient constraint times the planned steps, in units of ρ."""
+
+
+class Problem(ConstrainedMinimizationProblem):
+    r"""The training problem of a relaxed model: minimise the loss subject to a constraint on the relaxation.
+
+    Args:
+        relaxed: A model that ``relax`` returned, possibly wrapped (``DistributedDataParallel``, compiled).
+        loss: ``loss(model, batch)`` returns the task loss, a tensor without axes. Put ``torch.autocast`` in it.
+        constraint: ``Exact()``, ``Bounded(eps)`` or ``Resilient(rho)``.
+
+    Attributes:
+        model: The relaxed model as given.
+        relaxations: Path of each relaxed layer to its ``Relaxation``.
+        multiplier: The multipliers λ, shape (layers,), once posed.
+        slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
+
+    Raises:
+        NotRelaxed: The model carries no relaxation terms.
+
+    Example:
+        >>> import torch, ace
+        >>> relaxed = ace.relax(torch.nn.Linear(3, 3), layers=torch.nn.Linear, example=torch.randn(5, 3))
+        >>> problem = ace.Problem(relaxed, loss=lambda model, batch: model(batch).square().mean())
+        >>> list(problem.relaxations)
+        ['']
+    """
+
+    def __init__(
+        self,
+        relaxed: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        constraint: Constraint | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = relaxed
+        self.loss = loss
+        self.constraint = Exact() if constraint is None else constraint
+        self.relaxations: dict[str, Relaxation] = relaxations(relaxed)
+        if not self.relaxations:
+            raise NotRelaxed("the model carries no relaxation terms: call ace.relax(model, ...) before ace.Problem")
+        self.form: Form | None = None
+        self.slack: nn.Parameter | None = None
+        self.units: Tensor | None = None
+        self._measured: Callable[[], list[tuple[Tensor, Tensor, int]]] | None = None
+
+    @property
+    def gammas(self) -> list[nn.Parameter]:
+        """The relaxation strengths γ_i, parameters of shape (1,), in layer order."""
+        return [relaxation.gamma for relaxation in self.relaxations.values()]
+
+    @property
+    def multiplier(self) -> nn.Parameter:
+        """The multipliers λ, shape (layers,)."""
+        return cast("nn.Parameter", cast("DenseMultiplier", self.relaxation.multiplier).weight)
+
+    def pose(self, form: Form, penalty: float = 1.0) -> None:
+        r"""Create the multipliers of a form; ``PrimalDual`` calls it.
+
+        Args:
+            form: ``"proximal"``: inequality on |γ| that acts through the proximal step; ``"augmented"``: Lagrangian
+                plus :math:`\tfrac{c}{2}\|h\|^2`; ``"paper"``: plain Lagrangian, with slacks for ``Resilient``.
+            penalty: c of the augmented form, in units of the loss.
+
+        Raises:
+            AceError: The problem was posed before, or ``Resilient`` is posed in the augmented form.
+        """
+        if self.form is not None:
+            raise AceError(f"the problem was posed before (form {self.form!r}): make a new ace.Problem")
+        resilient = isinstance(self.constraint, Resilient)
+        if resilient and form == "augmented":
+            raise AceError(
+                "Resilient is a quadratic price already: use form='proximal' (the default) or preset='paper'"
+            )
+        zeros = torch.zeros_like(torch.cat(tuple(self.gammas)).detach())
+        signed = form != "proximal" and isinstance(self.constraint, Exact) and self.constraint.deterministic
+        augmented = form == "augmented"
+        self.relaxation = CooperConstraint(
+            ConstraintType.EQUALITY if signed else ConstraintType.INEQUALITY,
+            formulation_type=AugmentedLagrangian if augmented else Lagrangian,
+            multiplier=DenseMultiplier(init=zeros.clone(), dtype=zeros.dtype, device=zeros.device),
+            penalty_coefficient=DensePenaltyCoefficient(zeros.new_tensor(penalty)) if augmented else None,
+        )
+        if resilient and form == "paper":
+            self.slack = nn.Parameter(zeros)
+        for index, attached in enumerate(self.relaxations.values()):
+            attached.dual = (self.multiplier, index)
+        self.form = form
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Measure the terms in the forward pass inside the context, where the constraint needs the batch."""
+        if self.constraint.deterministic:
+            yield
+            return
+        with measuring(self.relaxations.values()) as totals:
+            yield
+            sizes = totals()
+        self._measured = lambda: sizes
+
+    def compute_violations(self) -> CMPState:
+        """Return the violations at the current γ (and, if the constraint needs it, the batch last observed)."""
+        gamma = torch.cat(tuple(self.gammas))
+        value = gamma
+        strict = None
+        if not self.constraint.deterministic:
+            if self._measured is None:
+                raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
+            sizes = self._measured()
+            self.units = self.constraint.units(_all_reduce(sizes)).detach()
+            value, strict = gamma.abs() * self.constraint.units(sizes), gamma.detach().abs() * self.units
+        elif self.relaxation.constraint_type is ConstraintType.INEQUALITY:
+            value = gamma.abs()
+        bound: float | Tensor = self.constraint.eps if isinstance(self.constraint, Bounded) else 0.0
+        if self.slack is not None:
+            bound = self.slack
+        violation = value - bound
+        if violation.shape != self.multiplier.shape:
+            raise ShapeMismatch(
+                f"violations of shape {tuple(violation.shape)} for multipliers of shape {tuple(self.multiplier.shape)}"
+            )
+        observed = ConstraintState(
+            violation,
+            strict_violation=None
+            if strict is None
+            else strict - (bound.detach() if isinstance(bound, Tensor) else bound),
+            contributes_to_primal_update=self.form != "proximal",
+        )
+        return CMPState(observed_constraints={self.relaxation: observed})
+
+    def state_of(self, loss: Tensor) -> CMPState:
+        """Return Cooper's state of the problem for a task loss that was computed already."""
+        state = self.compute_violations()
+        state.misc = {"task_loss": loss.detach()}
+        state.loss = loss
+        if self.slack is not None and isinstance(self.constraint, Resilient):
+            state.loss = loss + 0.5 * self.constraint.rho * self.slack.square().sum()
+        return state
+
+    def compute_cmp_state(self, batch: Any) -> CMPState:
+        """Evaluate loss and violations on a batch."""
+        return self.state_of(self.evaluate(batch))
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Return the task loss of a batch, in float32 or better.
+
+        Raises:
+            ShapeMismatch: The loss function returns something else than one number.
+        """
+        with self.observing():
+            loss = self.loss(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ShapeMismatch(f"loss(model, batch) must return a tensor without axes, got {found}: take .mean()")
+        return loss if loss.dtype == torch.float64 else loss.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return multipliers, penalty coefficients and slacks."""
+        return {**super().state_dict(), "slack": None if self.slack is None else self.slack.detach()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned."""
+        super().load_state_dict(dict(state_dict))
+        if self.slack is not None:
+            with torch.no_grad():
+                self.slack.copy_(state_dict["slack"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_constraints":  # an object half built by copy or pickle has no constraints yet
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+class PrimalDual(ConstrainedOptimizer):
+    r"""Primal descent on the weights and γ, dual ascent on the multipliers; all rates from the planned steps.
+
+    ``"proximal"`` (default; dual step first, T = ``steps``, H the steps before polishing, s_i the running root
+    mean square of ∂J/∂γ_i):
+
+    .. math::
+
+        \lambda_i &\leftarrow \Big[\lambda_i + \tfrac{\kappa_d}{H - t}\, s_i\, v_i / r_i^2\Big]_+,
+        \qquad \kappa_d = 10 \\
+        \theta &\leftarrow \text{primal optimizer on } J \\
+        \gamma_i &\leftarrow \mathrm{soft}\big(\gamma_i - \tfrac{\kappa_\gamma}{T} g_i / s_i,\;
+        \tfrac{\kappa_\gamma}{T} \lambda_i r_i / s_i\big), \qquad \kappa_\gamma = 20
+
+    With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition |E g_i| ≤ λ_i r_i; those left
+    are retired for the last ``polish`` share of the steps, in which the restored model trains alone. With
+    ``Resilient`` the slack is eliminated: :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`.
+
+    ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
+    10c/T, which is critically damped for every c and T.
+
+    ``preset="paper"``: Algorithms 1 and 2 as published: plain Lagrangian, simultaneous updates, γ and u in the
+    primal optimizer with θ, the dual optimizer of the primal's class with rate ``dual_lr``.
+
+    In the first two forms γ is moved from the primal optimizer to one of its own, outside of its weight decay,
+    clipping and schedule.
+
+    Args:
+        problem: The problem.
+        primal_optimizer: Any torch optimizer over ``relaxed.parameters()``.
+        steps: Planned number of updates T.
+        form: ``"proximal"`` or ``"augmented"``.
+        preset: ``"paper"`` for the published algorithms; ``form`` is then ignored.
+        dual_lr: Rate of the dual optimizer of the preset; the primal optimizer's rate by default.
+        penalty: c of the augmented form, in units of the loss.
+        polish: Share of the steps, at the end, in which all relaxation is off (``Exact``) or within its bound
+            (``Bounded``), in the proximal form.
+        clip: Largest norm of the gradient of θ; γ and u are left out.
+        accumulate: Number of ``roll`` calls whose gradients are averaged into one update.
+        scaler: A ``torch.amp.GradScaler``.
+        max_skipped: Number of consecutive batches with a non-finite loss that are skipped before
+            ``NonFiniteLoss`` is raised.
+
+    Attributes:
+        step: Number of updates done.
+        skipped: Number of batches skipped because their loss (or, with ``clip``, gradient) was not finite.
+
+    Raises:
+        OptimizerMismatch: The primal optimizer misses parameters of the relaxation, or holds one twice.
+
+    Example:
+        >>> import torch, ace
+        >>> x = torch.randn(64, 3)
+        >>> relaxed = ace.relax(torch.nn.Linear(3, 3), layers=torch.nn.Linear, example=x)
+        >>> problem = ace.Problem(relaxed, loss=lambda model, batch: (model(batch) - batch).square().mean())
+        >>> optimizer = ace.PrimalDual(problem, torch.optim.Adam(relaxed.parameters(), 1e-2), steps=100)
+        >>> for _ in range(100):
+        ...     rollout = optimizer.roll(x)
+        >>> relaxed.relaxation.gamma.item()
+        0.0
+    """
+
+    cmp: Problem
+
+    def __init__(
+        self,
+        problem: Problem,
+        primal_optimizer: torch.optim.Optimizer,
+        steps: int,
+        *,
+        form: Literal["proximal", "augmented"] = "proximal",
+        preset: Literal["paper"] | None = None,
+        dual_lr: float | None = None,
+        penalty: float = 1.0,
+        polish: float = 0.1,
+        clip: float | None = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        max_skipped: int = 10,
+    ) -> None:
+        _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate)
+        _check_optimizer(problem, primal_optimizer)
+        problem.pose(preset or form, penalty)
+        self.steps = steps
+        self.polish = polish
+        self.clip = clip
+        self.accumulate = accumulate
+        self.scaler = scaler
+        self.max_skipped = max_skipped
+        self.step = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._micro_step = 0
+        self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
+        self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
+        special = {id(p) for p in [*problem.gammas, problem.slack]}
+        self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
+        # without accumulation, or where it needs no batch, the violation is known before the primal step
+        self._dual_first = problem.form != "paper" and (problem.constraint.deterministic or accumulate == 1)
+        super().__init__(problem, self._primal, dual)
+
+    def _optimizers(
+        self, problem: Problem, primal: torch.optim.Optimizer, dual_lr: float | None, penalty: float
+    ) -> tuple[list[torch.optim.Optimizer], torch.optim.Optimizer]:
+        steps, multiplier = self.steps, problem.multiplier
+        if problem.form == "paper":
+            rate = primal.param_groups[0]["lr"] if dual_lr is None else dual_lr
+            plain: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in primal.defaults else {}
+            dual = type(primal)([multiplier], lr=rate, maximize=True, **plain)  # type: ignore[call-arg]
+            if problem.slack is not None:
+                primal.add_param_group({"params": [problem.slack]})
+            return [primal], dual
+        _take_out(primal, problem.gammas)
+        if problem.form == "augmented":
+            gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * DUAL_RATE / (penalty * steps))
+            return [primal, gammas], torch.optim.SGD([multiplier], lr=DUAL_RATE * penalty / steps, maximize=True)
+        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps)
+        if isinstance(problem.constraint, Resilient):
+            rho = problem.constraint.rho
+            rate = min(RESILIENT_RATE / steps, 1.0) * rho
+            return [primal, gammas], torch.optim.SGD([multiplier], lr=rate, weight_decay=1 / rho, maximize=True)
+        return [primal, gammas], torch.optim.SGD([multiplier], lr=DUAL_RATE, maximize=True)
+
+    def roll(self, batch: Any) -> RollOut:
+        """Evaluate the loss of a batch and update all variables.
+
+        Args:
+            batch: Handed to the loss function.
+
+        Returns:
+            Cooper's ``RollOut``. ``loss`` is the task loss; ``cmp_state.misc`` holds ``step``, ``layers`` and, after
+            the step and detached, ``gamma``, ``violation`` (before it) and ``multiplier``, each of shape (layers,).
+
+        Raises:
+            NonFiniteLoss: After ``max_skipped`` consecutive batches without a finite loss.
+            LayerNotCalled: After the first batch, if some relaxed layers did not run.
+        """
+        return self.update(self.cmp.evaluate(batch))
+
+    def update(self, loss: Tensor) -> RollOut:
+        """Update all variables from a task loss that your own loop computed; ``roll`` is this after the loss.
+
+        Args:
+            loss: Task loss with its graph; computed inside ``problem.observing()`` if the constraint's measure
+                is not ``"strength"``.
+
+        Returns:
+            As ``roll``.
+        """
+        first, last = self._micro_step == 0, self._micro_step == self.accumulate - 1
+        if first:
+            self.zero_grad()
+            if self.step == 0:
+                check_called(self.cmp.model)
+        state = self.cmp.state_of(loss)
+        if not _everywhere_finite(loss):
+            return self._skip(state, loss, f"loss {loss.item()}")
+        dual = state.compute_dual_lagrangian()
+        dual_lagrangian = cast("Tensor", dual.lagrangian)
+        if not self._dual_first:
+            (dual_lagrangian / self.accumulate).backward()
+        elif first:
+            dual_lagrangian.backward()
+            self.dual_step()
+        primal = state.compute_primal_lagrangian()
+        lagrangian = cast("Tensor", primal.lagrangian) / self.accumulate
+        (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
+        self._micro_step = 0 if last else self._micro_step + 1
+        if last:
+            if not self._dual_first:
+                self.dual_step()
+            if not self._clip():
+                return self._skip(state, loss, "gradient not finite")
+            self.primal_step()
+            self.step += 1
+            self._skipped_in_a_row = 0
+        return self._report(RollOut(loss.detach(), state, primal, dual), skipped=False)
+
+    @torch.no_grad()
+    def dual_step(self) -> None:
+        """Ascend on the multipliers, in units of the gradient of γ where the form is proximal."""
+        constraint, weight = self.cmp.constraint, self.cmp.multiplier
+        gradient = cast("Tensor", weight.grad)
+        violation = gradient.clone()
+        if self.cmp.form == "proximal" and not isinstance(constraint, Resilient):
+            left = max(math.floor((1 - self.polish) * self.steps) - self.step, 1)
+            gradient.mul_(self._proximal.scale / (left * self._units() ** 2))
+        super().dual_step()
+        if isinstance(constraint, Bounded) and constraint.deterministic:
+            weight.masked_fill_(violation < 0, 0.0)  # no wind-up: a slack constraint has no multiplier
+
+    @torch.no_grad()
+    def primal_step(self) -> None:
+        """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
+        if self.cmp.form == "proximal":
+            self._proximal.units = self._units()
+        for optimizer in self._primal:
+            if self.scaler is None:
+                optimizer.step()
+            elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        if self.cmp.form == "proximal":
+            self._finish_constraints()
+
+    @property
+    def _proximal(self) -> ProximalGradient:
+        return cast("ProximalGradient", self._primal[1])
+
+    def _units(self) -> Tensor | float:
+        return 1.0 if self.cmp.units is None else self.cmp.units
+
+    def _finish_constraints(self) -> None:
+        constraint, gammas = self.cmp.constraint, self.cmp.gammas
+        polishing = self.step + 1 > math.floor((1 - self.polish) * self.steps)
+        if isinstance(constraint, Bounded) and polishing:
+            bound = (constraint.eps / torch.as_tensor(self._units())).expand(len(gammas))
+            for gamma, limit in zip(gammas, bound, strict=True):
+                gamma.clamp_(-limit, limit)
+        if not isinstance(constraint, Exact) or bool(self._off.all()):
+            return
+        values = torch.cat(tuple(gammas))
+        optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
+        done = ((values == 0) & optimal).cpu() | self._off
+        self._retire(torch.ones_like(done) if polishing else done)
+
+    def _retire(self, off: Tensor) -> None:
+        """Hold these γ at 0 and take their terms out of the graph."""
+        for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
+            if is_off and _world_size() > 1:
+                relaxation.gamma.data.zero_()  # DistributedDataParallel expects every parameter in the graph
+            elif is_off and not relaxation.retired:
+                relaxation.retire()
+        self._off = off
+
+    def _clip(self) -> bool:
+        """Unscale and clip the gradient of the weights; False if it is not finite."""
+        if self.clip is None:
+            return True
+        if self.scaler is not None:
+            self.scaler.unscale_(self._primal[0])
+        norm = nn.utils.clip_grad_norm_(self._weights, self.clip)
+        return self.scaler is not None or bool(norm.isfinite())  # the scaler skips such a step by itself
+
+    def _skip(self, state: CMPState, loss: Tensor, reason: str) -> RollOut:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._micro_step = 0
+        self.zero_grad()
+        if self._skipped_in_a_row >= self.max_skipped:
+            worst = max(self.cmp.relaxations.values(), key=lambda relaxation: relaxation.gamma.abs().item())
+            raise NonFiniteLoss(
+                f"{self._skipped_in_a_row} batches in a row without a finite loss, the last at step {self.step} "
+                f"({reason}; largest |γ| {worst.gamma.item():.3g} at {worst.path!r}): lower the learning rate, clip, "
+                "or look at the data"
+            )
+        empty = state.compute_dual_lagrangian()
+        return self._report(RollOut(loss.detach(), state, empty, empty), skipped=True)
+
+    def _report(self, rollout: RollOut, skipped: bool) -> RollOut:
+        observed = rollout.cmp_state.observed_constraints[self.cmp.relaxation]
+        strict = observed.strict_violation
+        rollout.cmp_state.misc = {
+            "task_loss": rollout.loss,
+            "step": self.step,
+            "layers": tuple(self.cmp.relaxations),
+            "gamma": torch.cat(tuple(self.cmp.gammas)).detach().cpu(),
+            "violation": (observed.violation if strict is None else strict).detach().cpu(),
+            "multiplier": self.cmp.multiplier.detach().clone().cpu(),
+            "skipped": skipped,
+        }
+        return rollout
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return everything that training needs to go on: model, multipliers, slacks, optimizers, counters.
+
+        Call it between updates, not in the middle of an accumulation.
+        """
+        return {
+            "model": self.cmp.model.state_dict(),
+            "problem": self.cmp.state_dict(),
+            "optimizers": dict(super().state_dict()),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "off": self._off.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Args:
+            state: The state of an optimizer of the same form on the same relaxed model.
+
+        Raises:
+            CheckpointMismatch: The state belongs to another model; all differing keys are listed and nothing is
+                loaded.
+        """
+        _check_state(self, state)
+        self.cmp.model.load_state_dict(state["model"])
+        self.cmp.load_state_dict(state["problem"])
+        super().load_state_dict(state["optimizers"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped = state["step"], state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._micro_step = 0
+        with torch.no_grad():
+            self._retire(state["off"].clone())
+
+
+def _check_arguments(
+    form: str,
+    preset: str | None,
+    steps: int,
+    dual_lr: float | None,
+    penalty: float,
+    polish: float,
+    accumulate: int,
+) -> None:
+    problems = []
+    if form not in {"proximal", "augmented"}:
+        problems.append(f"form={form!r}: choose 'proximal' or 'augmented'")
+    if preset not in {None, "paper"}:
+        problems.append(f"preset={preset!r}: choose 'paper' or leave it out")
+    if dual_lr is not None and preset is None:
+        problems.append(f"dual_lr={dual_lr}: the rates follow from steps=; only preset='paper' takes a dual rate")
+    if steps < 1:
+        problems.append(f"steps={steps}: the planned number of updates, such as len(loader) * epochs")
+    if not penalty > 0:
+        problems.append(f"penalty={penalty}: must be positive")
+    if not 0 <= polish < 1:
+        problems.append(f"polish={polish}: a share of the steps, at least 0 and below 1")
+    if accumulate < 1:
+        problems.append(f"accumulate={accumulate}: at least 1")
+    if problems:
+        raise AceError("PrimalDual: " + "; ".join(problems))
+
+
+def _check_optimizer(problem: Problem, optimizer: torch.optim.Optimizer) -> None:
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    problems = []
+    for path, relaxation in problem.relaxations.items():
+        for name, parameter in relaxation.named_parameters():
+            count = held.count(id(parameter)) if parameter.requires_grad else 1
+            if count != 1:
+                where = f"{path}.relaxation.{name}".lstrip(".")
+                problems.append(f"{where} is {'missing' if count == 0 else f'held {count} times'}")
+    if problems:
+        raise OptimizerMismatch(
+            "the primal optimizer must hold each parameter of the relaxation once: "
+            + "; ".join(problems)
+            + ". Build it from relaxed.parameters() after ace.relax"
+        )
+
+
+def _take_out(optimizer: torch.optim.Optimizer, gammas: list[nn.Parameter]) -> None:
+    """Remove γ from an optimizer, so that its decay, clipping and schedule do not act on it."""
+    special = {id(gamma) for gamma in gammas}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in special]
+    for gamma in gammas:
+        optimizer.state.pop(gamma, None)
+
+
+def _check_state(optimizer: PrimalDual, state: Mapping[str, Any]) -> None:
+    problems = [f"no entry {key!r}" for key in optimizer.state_dict() if key not in state]
+    if not problems:
+        own, other = optimizer.cmp.model.state_dict(), state["model"]
+        problems += [f"missing {key}" for key in own if key not in other]
+        problems += [f"unexpected {key}" for key in other if key not in own]
+        problems += [
+            f"{key} has shape {tuple(other[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in other and own[key].shape != other[key].shape
+        ]
+        counts = [
+            len(o["primal_optimizer_states"]) for o in (optimizer.state_dict()["optimizers"], state["optimizers"])
+        ]
+        if counts[0] != counts[1] or set(state["problem"]["multipliers"]) != {"relaxation"}:
+            problems.append("it was saved by another form of PrimalDual")
+    if problems:
+        raise CheckpointMismatch(f"the state belongs to another training, nothing was loaded: {'; '.join(problems)}")
+
+
+def _world_size() -> int:
+    active = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if active else 1
+
+
+def _everywhere_finite(loss: Tensor) -> bool:
+    """Whether the loss is finite on every process, so that all of them skip the same batches."""
+    bad = (~loss.detach().isfinite()).to(torch.int32)
+    if _world_size() > 1:
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return bad.item() == 0
+
+
+def _all_reduce(sizes: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+    """Sum the measured sizes over all processes: the ratio of the sums, not the mean of the ratios."""
+    if _world_size() == 1:
+        return sizes
+    packed = torch.stack([torch.stack([n.detach(), e, n.new_tensor(float(c))]) for n, e, c in sizes])
+    torch.distributed.all_reduce(packed)
+    return [(n, e, int(c)) for n, e, c in packed]

@@ -1,0 +1,86 @@
+r"""The primal step on γ in the proximal form: gradient step, then soft threshold by the multiplier.
+
+With g_i = ∂J/∂γ_i and s_i its running root mean square, T planned steps and κ_γ = 20,
+
+.. math::
+
+    \gamma_i \leftarrow \mathrm{soft}\!\left(\gamma_i - \frac{\kappa_\gamma}{T}\frac{g_i}{s_i},\;
+    \frac{\kappa_\gamma}{T}\frac{\lambda_i r_i}{s_i}\right),\qquad
+    \mathrm{soft}(x, w) = \mathrm{sign}(x)\,[\,|x| - w\,]_+ ,
+
+the proximal step of the exact penalty λ_i r_i |γ_i|. Dividing by s_i makes the path independent of the units of
+the loss; by the theory of exact penalties a finite λ_i gives γ_i = 0 exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALLEST = 1e-30  # keeps s_i positive for a term that no gradient reaches
+
+
+class ProximalGradient(torch.optim.Optimizer):
+    """Proximal gradient descent on the γ of all layers.
+
+    Args:
+        gammas: The γ of each layer, parameters of shape (1,).
+        multiplier: The multipliers λ, shape (layers,); read at each step.
+        lr: κ_γ/T.
+        decay: Decay of the running averages of the gradient and of its square.
+
+    Example:
+        >>> gamma = nn.Parameter(torch.ones(1))
+        >>> optimizer = ProximalGradient([gamma], torch.full((1,), 2.0), lr=0.1)
+        >>> (0.5 * gamma).sum().backward()
+        >>> optimizer.step()
+        >>> round(gamma.item(), 4)  # 1 - 0.1 (the gradient in units of its size), threshold 0.1 * 2 / 0.5
+        0.5
+    """
+
+    def __init__(self, gammas: Sequence[nn.Parameter], multiplier: Tensor, lr: float, decay: float = 0.99) -> None:
+        super().__init__(list(gammas), {"lr": lr, "decay": decay})
+        self.multiplier = multiplier
+        self.units: Tensor | float = 1.0
+        first = self._gammas[0]
+        size = torch.zeros(len(gammas), dtype=first.dtype, device=first.device)
+        self.state[first] = {"step": torch.zeros(()), "mean": size, "square": size.clone()}
+
+    @property
+    def _gammas(self) -> list[nn.Parameter]:
+        gammas: list[nn.Parameter] = self.param_groups[0]["params"]
+        return gammas
+
+    def _average(self, name: str) -> Tensor:
+        state = self.state[self._gammas[0]]
+        average: Tensor = state[name] / (1 - self.param_groups[0]["decay"] ** state["step"].clamp_min(1.0))
+        return average
+
+    @property
+    def scale(self) -> Tensor:
+        """Running root mean square s_i of ∂J/∂γ_i, shape (layers,)."""
+        return self._average("square").sqrt().clamp_min(_SMALLEST)
+
+    @property
+    def mean(self) -> Tensor:
+        """Running mean of ∂J/∂γ_i, shape (layers,)."""
+        return self._average("mean")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every γ; ``closure`` is not supported."""
+        if closure is not None:
+            raise NotImplementedError("a closure would evaluate the loss again; call backward before step()")
+        group, gammas = self.param_groups[0], self._gammas
+        state: dict[str, Any] = self.state[gammas[0]]
+        gradient = torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in gammas])
+        state["step"] += 1
+        state["mean"].lerp_(gradient, 1 - group["decay"])
+        state["square"].lerp_(gradient.square(), 1 - group["decay"])
+        rate = group["lr"] / self.scale
+        moved = torch.cat(list(gammas)) - rate * gradient
+        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp_min(0.0)
+        torch._foreach_copy_(list(gammas), list(new.split(1)))
