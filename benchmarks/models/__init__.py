@@ -1,0 +1,56 @@
+"""Models to be relaxed: plain PyTorch, written without knowledge of the library.
+
+All have ``forward(pos, vel, h, edge_index, edge_attr, batch)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from benchmarks.models.egnn import EGNN
+from benchmarks.models.egno import EGNO
+from benchmarks.models.segnn import SEGNN
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What the suite needs to know about a model.
+
+    Attributes:
+        build: Constructor.
+        layers: Class names of the layers to relax.
+        read_types: Layer -> e3nn irreps of the node tensors it is called with, concatenated in the
+            order of its arguments.
+        write_types: Layer -> e3nn irreps of the node tensors it returns, concatenated.
+    """
+
+    build: Callable[..., nn.Module]
+    layers: tuple[str, ...]
+    read_types: Callable[[Any], str]
+    write_types: Callable[[Any], str]
+
+
+MODELS = {
+    "egnn": ModelEntry(
+        build=EGNN,
+        layers=("EGNNLayer",),
+        read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",  # h, pos, vel
+        write_types=lambda layer: f"{layer.hidden}x0e+1x1o",  # h, pos
+    ),
+    "segnn": ModelEntry(
+        build=SEGNN,
+        layers=("SEGNNLayer",),
+        read_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o+1x0e+1x1o",
+        write_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o",
+    ),
+    "egno": ModelEntry(
+        build=EGNO,
+        layers=("EGNNLayer",),
+        read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",
+        write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
+    ),
+}
