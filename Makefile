@@ -1,0 +1,52 @@
+# `make help` lists the targets. Everything happens in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+# One thread a process: the tests and the suite run several processes side by side.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types docs bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## Create .venv and install the package with all extras, versions pinned by constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ace needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,docs,dev]'
+	@touch $@
+
+demo: $(READY) ## Main job: build the data, train, print one table, draw the trajectories (under 10 minutes on 2 cores)
+	$(BIN)/ace suite configs/suites/demo.yaml --jobs 2 --out results/demo
+	$(BIN)/ace table results/demo
+	$(BIN)/ace plot results/demo
+
+test: $(READY) ## Run the tests and the examples in the docstrings, except the slow ones
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules ace benchmarks tests
+
+test-slow: $(READY) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow tests
+
+lint: $(READY) ## Check style, formatting and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(READY) ## Check the types of the library (mypy --strict)
+	$(BIN)/mypy
+
+docs: $(READY) ## Build the documentation into docs/_build, warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+
+bench: $(READY) ## Run the benchmark suite of the results page (hours; the same command resumes)
+	$(BIN)/ace suite configs/suites/paper.yaml --jobs 2 --out results/paper
+	$(BIN)/ace table results/paper
+
+clean: ## Remove .venv, caches and built documentation; results and data stay
+	rm -rf .venv docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
