@@ -44,7 +44,7 @@ class History:
         >>> history.frame()
            step  epoch layer        quantity  value
         0   100      1         valid_relaxed   0.25
-        1   100      1        valid_restored    0.5
+        1   100      1        valid_restored   0.50
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, every: int = 1) -> None:
@@ -236,7 +236,7 @@ class History:
             except ValueError as error:
                 raise DataError(f"{self.path}: a line does not start with a step ({error})") from error
             if len(kept) < len(rows):
-                _replace(self.path, _HEADER + b"".join(kept))
+                replace_file(self.path, _HEADER + b"".join(kept))
         self._pending[:] = [lines for lines in self._pending if int(lines[: lines.index(",")]) <= step]
         self._characters = sum(map(len, self._pending))
 
@@ -339,8 +339,23 @@ def _append(path: Path, pending: list[str]) -> None:
     pending.clear()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file at once, or leave it as it was."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once: a reader finds the old content or the new, never a part.
+
+    Args:
+        path: The file, new or existing, in a folder that exists.
+        content: All of it.
+
+    Raises:
+        NotWritten: If it cannot be written; what was there is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> replace_file(path, b"done")
+        >>> path.read_text()
+        'done'
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -352,7 +367,7 @@ def _replace(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise NotWritten(f"{path}: could not be replaced ({error.strerror}) and is as it was") from error
+        raise NotWritten(f"{path}: could not be written ({error.strerror}) and is as it was") from error
 
 
 def _write(file: IO[bytes], data: bytes) -> None:

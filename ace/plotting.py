@@ -1,0 +1,442 @@
+"""Figures of a history: one function a quantity, a frame in and Axes out."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ace.errors import AceError
+from ace.history import replace_file
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "0.3",
+    "axes.formatter.limits": (-4, 5),
+    "axes.formatter.use_mathtext": True,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.dpi": 100,
+    "figure.figsize": (5.0, 3.4),
+    "font.size": 9,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.8,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "xtick.color": "0.3",
+    "xtick.labelcolor": "black",
+    "ytick.color": "0.3",
+    "ytick.labelcolor": "black",
+}
+# Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale for lines
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LABELS = {
+    "gamma": "relaxation strength γ",
+    "violation": "constraint violation",
+    "multiplier": "multiplier λ",
+}
+_CURVES: dict[str, tuple[str, str, Any, float]] = {  # quantity -> label, colour, line style, line width
+    "loss": ("training loss", "0.65", "-", 0.8),
+    "valid_relaxed": ("validation, relaxed", _COLOURS[1], (0, (4, 1.5)), 1.4),
+    "valid_restored": ("validation, restored", _COLOURS[0], "-", 1.4),
+}
+_NAMED_LAYERS = 8  # up to here every layer has its line in a legend; beyond, a colour bar over depth
+_KEPT_NAME = 28  # characters of a layer's path in a legend: the end tells layers apart
+
+
+def plot_gammas(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Plot the relaxation strength γ of every layer against the step.
+
+    At γ = 0, the marked line, the layer is equivariant. Up to eight layers are named in a legend; more
+    are coloured by their depth. With a column ``run`` of several runs, the mean over runs is drawn and,
+    for named layers, a band of one standard error.
+
+    Args:
+        frame: Rows of a history, ``History.frame()`` or those of one task, model and method of
+            ``load_histories``.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        AceError: If the frame has no such rows, or mixes tasks, models or methods.
+
+    Example:
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, layer="layers.0", gamma=1 / step)
+        >>> plot_gammas(history.frame(), Figure().subplots()).get_ylabel()
+        'relaxation strength γ'
+    """
+    return _plot_layers(frame, "gamma", ax)
+
+
+def plot_violations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Plot the constraint violation of every layer against the step.
+
+    On or below zero, the marked line, the constraint is met. Values over more than a decade get a
+    logarithmic scale; if some are not positive, it is linear near zero and logarithmic further off.
+
+    Args:
+        frame: As for :func:`plot_gammas`.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        AceError: If the frame has no such rows, or mixes tasks, models or methods.
+
+    Example:
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, layer="layers.0", violation=10.0**-step)
+        >>> plot_violations(history.frame(), Figure().subplots()).get_yscale()
+        'log'
+    """
+    return _plot_layers(frame, "violation", ax)
+
+
+def plot_multipliers(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Plot the multiplier λ of every layer against the step: the price the data pay for its constraint.
+
+    Args:
+        frame: As for :func:`plot_gammas`.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        AceError: If the frame has no such rows, or mixes tasks, models or methods.
+
+    Example:
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, layer="layers.0", multiplier=0.1 * step)
+        >>> plot_multipliers(history.frame(), Figure().subplots()).get_ylabel()
+        'multiplier λ'
+    """
+    return _plot_layers(frame, "multiplier", ax)
+
+
+def plot_learning_curves(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Plot the loss, and the validation metric of the relaxed and of the restored model.
+
+    The distance between the relaxed curve (dashed) and the restored one (solid) is what removing the
+    relaxation costs at that step. With a column ``method`` of several methods, the methods are the
+    colours and the training loss is left out, since it measures a different model in each.
+
+    Args:
+        frame: Rows of a history, or those of one task and model of ``load_histories``. The quantities
+            ``loss``, ``valid_relaxed`` and ``valid_restored`` are used, those that are there.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on; with several runs, each curve is the mean, in a band of one standard error.
+
+    Raises:
+        AceError: If the frame has no such rows, or mixes tasks or models.
+
+    Example:
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, loss=1 / step, valid_relaxed=2 / step, valid_restored=3 / step)
+        >>> ax = plot_learning_curves(history.frame(), Figure().subplots())
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['training loss', 'validation, relaxed', 'validation, restored']
+    """
+    return _plot(_draw_learning_curves, frame, ax)
+
+
+def plot_equivariance_error(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Plot the measured relative equivariance error of the model in training against the step.
+
+    Args:
+        frame: Rows of a history, or those of one task and model of ``load_histories``: with several
+            methods, one colour each.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on, with a scale as for :func:`plot_violations`.
+
+    Raises:
+        AceError: If the frame has no such rows, or mixes tasks or models.
+
+    Example:
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, equivariance_error=10.0**-step)
+        >>> plot_equivariance_error(history.frame(), Figure().subplots()).get_yscale()
+        'log'
+    """
+    return _plot(_draw_equivariance_error, frame, ax)
+
+
+def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Save one figure with a panel for everything the frame holds; the layers share one key.
+
+    Args:
+        frame: As for :func:`plot_gammas`.
+        path: The image file, in a folder that exists; its suffix (``.png``, ``.pdf``, ``.svg``) decides
+            the format.
+
+    Raises:
+        AceError: If there is nothing to plot, the format is unknown, or the frame mixes tasks, models
+            or methods.
+        NotWritten: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from ace.history import History
+        >>> history = History()
+        >>> for step in range(1, 4):
+        ...     history.log(step, loss=1 / step)
+        >>> plot_trajectories(history.frame(), tempfile.mkdtemp() + "/trajectories.png")
+    """
+    path = Path(path)
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise AceError(f"{path}: the suffix must name an image format: {', '.join(sorted(formats))}")
+    _check_one(frame, "task", "model", "method")
+    held = set(frame["quantity"])
+    layered = [quantity for quantity in _LABELS if quantity in held]
+    layers = _layers(_rows(frame, *layered)) if layered else []
+    panels: list[Callable[[Axes, pd.DataFrame], None]] = [
+        functools.partial(_draw_layers, quantity=quantity, layers=layers) for quantity in layered
+    ]
+    panels += [_draw_learning_curves] if held & set(_CURVES) else []
+    panels += [_draw_equivariance_error] if "equivariance_error" in held else []
+    if not panels:
+        raise AceError(f"nothing to plot: the frame holds {_listed(held)}")
+
+    half = len(panels) if len(panels) <= 3 else (len(panels) + 1) // 2
+    rows = [row for row in (panels[:half], panels[half:]) if row]
+    with mpl.rc_context(_STYLE):
+        width = 3.8 * half + 1.2 * bool(layers)
+        figure = Figure(figsize=(width, 2.8 * len(rows)), layout="constrained")
+        grid = figure.add_gridspec(len(rows), 6)  # divides among 1, 2 or 3 panels
+        axes = []
+        for index, row in enumerate(rows):
+            for draw, cells in zip(row, np.split(np.arange(6), len(row)), strict=True):
+                ax = figure.add_subplot(grid[index, cells[0] : cells[-1] + 1])
+                draw(ax, frame)
+                axes.append(ax)
+        if len(layers) > _NAMED_LAYERS:
+            _add_colour_bar(figure, axes, layers)
+        elif layers:
+            figure.legend(handles=_legend_lines(layers), loc="outside right center", title="layer")
+        image = io.BytesIO()
+        figure.savefig(image, format=path.suffix[1:])
+    replace_file(path, image.getvalue())
+
+
+def _plot_layers(frame: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
+    _check_one(frame, "task", "model", "method")
+    layers = _layers(_rows(frame, quantity))
+    with mpl.rc_context(_STYLE):
+        ax = _new_axes() if ax is None else ax
+        _draw_layers(ax, frame, quantity, layers)
+        if len(layers) > _NAMED_LAYERS:
+            _add_colour_bar(ax.figure, ax, layers)
+        else:
+            ax.legend(handles=_legend_lines(layers))
+    return ax
+
+
+def _plot(draw: Callable[[Axes, pd.DataFrame], None], frame: pd.DataFrame, ax: Axes | None) -> Axes:
+    _check_one(frame, "task", "model")
+    with mpl.rc_context(_STYLE):
+        ax = _new_axes() if ax is None else ax
+        draw(ax, frame)
+    return ax
+
+
+def _draw_layers(ax: Axes, frame: pd.DataFrame, quantity: str, layers: list[str]) -> None:
+    rows = _rows(frame, quantity)
+    few = len(layers) <= _NAMED_LAYERS
+    ax.axhline(0, color="0.3", linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+    for layer, colour in zip(layers, _colours(len(layers)), strict=True):
+        _draw_mean(ax, rows[rows["layer"] == layer], few, color=colour, linewidth=1.4 if few else 0.8)
+    if quantity == "violation":
+        _set_scale(ax, rows["value"])
+    _label(ax, _LABELS[quantity])
+
+
+def _draw_learning_curves(ax: Axes, frame: pd.DataFrame) -> None:
+    rows = _rows(frame, *_CURVES)
+    methods = _methods(rows)
+    if len(methods) > 1:
+        rows = _rows(rows, "valid_relaxed", "valid_restored")
+    for quantity, (label, colour, style, width) in _CURVES.items():
+        of_quantity = rows[rows["quantity"] == quantity]
+        if len(methods) > 1:
+            for method, of_method in methods.items():
+                chosen = of_quantity[of_quantity["method"] == method]
+                _draw_mean(ax, chosen, color=of_method, linestyle=style, linewidth=width)
+        elif len(of_quantity):
+            _draw_mean(ax, of_quantity, color=colour, linestyle=style, linewidth=width, label=label)
+    if len(methods) > 1:
+        styles = {"relaxed": _CURVES["valid_relaxed"][2], "restored": _CURVES["valid_restored"][2]}
+        ax.legend(
+            handles=[Line2D([], [], color=colour, label=method) for method, colour in methods.items()]
+            + [Line2D([], [], color="0.4", linestyle=style, label=label) for label, style in styles.items()]
+        )
+    else:
+        ax.legend()
+    if (rows["value"].dropna() > 0).all():  # some losses are negative
+        ax.set_yscale("log")
+    _label(ax, "loss" if len(methods) <= 1 else "validation metric")
+
+
+def _draw_equivariance_error(ax: Axes, frame: pd.DataFrame) -> None:
+    rows = _rows(frame, "equivariance_error")
+    methods = _methods(rows)
+    if len(methods) > 1:
+        for method, colour in methods.items():
+            _draw_mean(ax, rows[rows["method"] == method], color=colour, label=method)
+        ax.legend()
+    else:
+        _draw_mean(ax, rows, color=_COLOURS[0])
+    _set_scale(ax, rows["value"])
+    _label(ax, "relative equivariance error")
+
+
+def _draw_mean(ax: Axes, rows: pd.DataFrame, band: bool = True, **style: Any) -> None:
+    """A line through the mean of each step, over runs if there are several, then in a band."""
+    per_step = rows.groupby("step")["value"]
+    mean = per_step.mean()
+    if len(mean) <= 30:
+        style |= {"marker": "o", "markersize": 3}
+    ax.plot(mean.index, mean, **style)
+    if band and "run" in rows and len(rows["run"].unique()) > 1:
+        error = per_step.sem()
+        ax.fill_between(mean.index, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _label(ax: Axes, quantity: str) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
+    ax.set(xlabel="step", ylabel=quantity)
+
+
+def _set_scale(ax: Axes, values: pd.Series[float]) -> None:
+    """Logarithmic over more than a decade; around zero linear, since zero has no logarithm."""
+    sizes = values.abs()[values != 0].dropna()
+    if sizes.empty or sizes.max() < 10 * sizes.min():
+        return
+    if (values.dropna() > 0).all():
+        ax.set_yscale("log")
+    else:
+        smallest = max(float(np.quantile(sizes, 0.05)), float(sizes.max()) * 1e-6)
+        ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(smallest)), linscale=0.5)
+
+
+def _rows(frame: pd.DataFrame, *quantities: str) -> pd.DataFrame:
+    """The rows of some quantities; what is infinite is left out as what is not a number is."""
+    rows = frame[frame["quantity"].isin(quantities)]
+    if rows.empty:
+        raise AceError(f"no row of {' or '.join(quantities)}: the frame holds {_listed(set(frame['quantity']))}")
+    return rows.assign(value=rows["value"].replace([np.inf, -np.inf], np.nan))
+
+
+def _check_one(frame: pd.DataFrame, *columns: str) -> None:
+    """A mean over different tasks means nothing."""
+    values = {column: set(frame[column]) for column in columns if column in frame}
+    mixed = [f"{len(names)} {column}s ({_listed(names)})" for column, names in values.items() if len(names) > 1]
+    if mixed:
+        raise AceError(f"the frame mixes {' and '.join(mixed)}: select the rows of one before plotting")
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _methods(rows: pd.DataFrame) -> dict[str, str]:
+    """A colour for each method."""
+    names: list[str] = list(rows["method"].unique()) if "method" in rows else []
+    return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+
+
+def _layers(rows: pd.DataFrame) -> list[str]:
+    """Layers in order of appearance, which is the order of the modules."""
+    return list(rows["layer"].unique())
+
+
+def _colours(count: int) -> list[str]:
+    """A colour for each layer, from the first (dark) to the last; the palest end is left out."""
+    return [to_hex(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 0.88, count))]
+
+
+def _legend_lines(layers: list[str]) -> list[Line2D]:
+    colours = _colours(len(layers))
+    labels = _short(layers)
+    return [Line2D([], [], color=colour, label=label) for label, colour in zip(labels, colours, strict=True)]
+
+
+def _short(layers: list[str]) -> list[str]:
+    """Paths that fit in a legend: long ones lose the parts all of them share, which tell nothing apart."""
+    if max(map(len, layers)) <= _KEPT_NAME:
+        return layers
+    paths = [name.split(".") for name in layers]
+    start = _shared(paths)
+    paths = [path[start:] for path in paths]
+    end = _shared([path[::-1] for path in paths])
+    labels = []
+    for path in paths:
+        label = "…" * bool(start) + ".".join(path[: len(path) - end]) + "…" * bool(end)
+        labels.append(label if len(label) <= _KEPT_NAME else "…" + label[-_KEPT_NAME:])
+    return labels
+
+
+def _shared(paths: list[list[str]]) -> int:
+    """Number of leading parts that are the same in all paths, short of a whole path."""
+    first, shortest = paths[0], min(map(len, paths))
+    same = itertools.takewhile(lambda index: all(path[index] == first[index] for path in paths), range(shortest))
+    return min(len(list(same)), shortest - 1)
+
+
+def _add_colour_bar(figure: Any, axes: Axes | list[Axes], layers: list[str]) -> None:
+    last = len(layers)
+    norm = BoundaryNorm(np.arange(last + 1) + 0.5, last)
+    bar = figure.colorbar(ScalarMappable(norm, ListedColormap(_colours(last))), ax=axes, aspect=30, pad=0.02)
+    ticks = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]).tick_values(1, last)
+    bar.set_ticks([1, *(tick for tick in ticks if 1 < tick <= last)])
+    bar.minorticks_off()
+    bar.set_label("layer, from first to last")
+
+
+def _new_axes() -> Axes:
+    """Axes of a new pyplot figure: a notebook shows it, and ``pyplot.show()`` finds it."""
+    from matplotlib import pyplot  # chooses a backend when imported
+
+    return pyplot.figure(layout="constrained").subplots()
