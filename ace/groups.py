@@ -22,9 +22,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -484,6 +486,27 @@ def finding(motion: Element | Generator, tensor: Tensor, kind: str) -> str | Non
     return None
 
 
+def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+    """Derivative of a function at ``primals`` along ``tangents``, in forward mode.
+
+    Args:
+        function: Maps tensors to a tensor or a tuple of tensors.
+        primals: Where.
+        tangents: Along what, of the same shapes.
+
+    Returns:
+        The derivative, of the structure of the function's value.
+
+    Example:
+        >>> jvp(torch.square, (torch.tensor(3.0),), (torch.tensor(1.0),))
+        tensor(6.)
+    """
+    with warnings.catch_warnings():
+        # torch scripts its forward-mode decompositions on first use, and warns of its own scripting
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
+        return torch.func.jvp(function, primals, tangents)[1]
+
+
 def _node_finding(nodes: int, tensor: Tensor, kind: str) -> str | None:
     if kind == "edge_index":
         if tensor.is_floating_point():
@@ -598,7 +621,7 @@ def _wigner(degree: int, rotation: Tensor) -> Tensor:
 def _wigner_generator(degree: int, generator: Tensor) -> Tensor:
     """Derivative of `_wigner` at the identity along an antisymmetric matrix."""
     harmonics, points, inverse = _harmonics(degree)
-    slope: Tensor = torch.func.jvp(harmonics, (points,), (points @ generator.T,))[1]
+    slope: Tensor = jvp(harmonics, (points,), (points @ generator.T,))
     return (inverse @ slope).T
 
 
