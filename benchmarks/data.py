@@ -1,0 +1,287 @@
+"""Where data files are, whether they are intact, and how to get them.
+
+Data are looked up in the folder ``$ACE_DATA`` and then in the cache folder, ``$ACE_CACHE`` or else
+``~/.cache/ace``. Only arrays are read; the one file that is published as a pickle is converted by a
+reader that admits NumPy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ace.errors import DataError
+
+ORIGIN = "https://raw.githubusercontent.com/andreimano/ACE/8d6d2ad0183f377ac2115ab268ce087c9ac79984"
+"""Repository (MIT licence) and commit that the running motions are downloaded from."""
+
+MOTION_FILES = ("EGNO/motion/dataset/motion_run.pkl", "EGNO/motion/dataset/split_run.pkl")
+
+MOTION_ARRAYS = (
+    "xyz",
+    "trial_offset",
+    "edges",
+    "train_trial",
+    "train_start",
+    "val_trial",
+    "val_start",
+    "test_trial",
+    "test_start",
+)
+
+CHECKSUMS = {
+    "run09": "0846b20df07843d5679f88b6d832c349b4cbc9e0d8661d92cd436a83cf36d880",
+    "walk35": "385a4ad835b95349041c00834c20565a5d989cfa19149ba09729d081765c3688",
+}
+"""`checksum` of the arrays of each subject of the motion capture data."""
+
+WALK_INSTRUCTIONS = """\
+The walking motions are not distributed as one file. Build it from the recordings of subject 35 of the \
+CMU Graphics Lab Motion Capture Database (23 trials in ascending order, 31 joints, skeleton units) with \
+the arrays xyz (float32, 9472 x 31 x 3), trial_offset, edges, {train,val,test}_trial and \
+{train,val,test}_start (int64), the splits being those published with GMN and EGNO."""
+
+
+def cache_folder() -> Path:
+    """Folder for what is generated or downloaded: ``$ACE_CACHE``, or else ``~/.cache/ace``."""
+    return Path(os.environ.get("ACE_CACHE") or Path.home() / ".cache" / "ace")
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and bytes of arrays, whatever file they came from.
+
+    Args:
+        arrays: Name -> array of numbers.
+
+    Returns:
+        64 hexadecimal digits; the order of the names does not matter.
+
+    Example:
+        >>> a, b = np.arange(2), np.ones(3)
+        >>> checksum({"a": a, "b": b}) == checksum({"b": b, "a": a})
+        True
+    """
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an ``.npz`` file and its `checksum` (in ``<name>.sha256`` beside it), both atomically.
+
+    Args:
+        path: The file; folders are made as needed.
+        arrays: Name -> array of numbers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    # The checksum first: a file whose checksum is missing is refused, a lone checksum is not.
+    _write(_checksum_file(path), checksum(arrays).encode())
+    _write(path, content.getvalue())
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a file written by `save_arrays` and verify it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> array.
+
+    Raises:
+        DataError: The file or its checksum is missing, or they do not fit each other.
+    """
+    try:
+        expected = _checksum_file(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        expected = ""
+    arrays = _read(path)
+    if checksum(arrays) != expected:
+        raise DataError(
+            f"{path} does not have the checksum in {_checksum_file(path).name}: it was truncated or altered. "
+            f"Delete both files; the next run makes them again."
+        )
+    return arrays
+
+
+def find_motion(subject: str) -> Path | None:
+    """Path of a motion capture file, in ``$ACE_DATA`` or else in the cache folder, or ``None``."""
+    return next((path for path in _motion_paths(subject) if path.is_file()), None)
+
+
+def explain_motion(subject: str) -> str:
+    """What to do when `find_motion` finds nothing."""
+    looked = " and ".join(str(path) for path in _motion_paths(subject))
+    how = "Run `ace data mocap` to download it." if subject == "run09" else WALK_INSTRUCTIONS
+    hint = "" if os.environ.get("ACE_DATA") else " (ACE_DATA is not set)"
+    return f"{subject}.npz was looked for at {looked}{hint} and is not there. {how}"
+
+
+def load_motion(subject: str) -> dict[str, np.ndarray]:
+    """Motion capture data of one subject, verified.
+
+    Args:
+        subject: ``"run09"`` or ``"walk35"``.
+
+    Returns:
+        xyz (frames, 31, 3) float32, all trials one after the other; trial_offset (trials + 1,), first
+        frame of each trial; edges (30, 2), bones; and for each of train, val and test the trials
+        (``train_trial``) and the start frames in each (``train_start``), int64. Lengths are in the
+        skeleton unit of CMU, 5.64 cm; axis 1 points up; 120 frames per second.
+
+    Raises:
+        DataError: Not found, unreadable, or not the published numbers.
+    """
+    path = find_motion(subject)
+    if path is None:
+        raise DataError(explain_motion(subject))
+    stored = _read(path)
+    missing = [name for name in MOTION_ARRAYS if name not in stored]
+    if missing:
+        raise DataError(f"{path} has no array {', '.join(missing)}: it is not the file expected. Replace it.")
+    arrays = {name: stored[name] for name in MOTION_ARRAYS}
+    _verify_motion(subject, arrays, str(path))
+    return arrays
+
+
+def download_motion(origin: str = ORIGIN) -> Path:
+    """Download the running motions (subject 09), convert and verify them.
+
+    Args:
+        origin: Address that the published files are below.
+
+    Returns:
+        The file written into the cache folder, ``mocap/run09.npz``.
+
+    Raises:
+        DataError: No connection, or what arrived is not the published data. Nothing is written then.
+    """
+    import pooch  # needed for nothing else
+
+    path = cache_folder() / "mocap" / "run09.npz"
+    pooch.get_logger().setLevel("WARNING")
+    with tempfile.TemporaryDirectory() as folder:
+        contents = []
+        for name in MOTION_FILES:
+            url = f"{origin}/{name}"
+            try:
+                file = pooch.retrieve(url, known_hash=None, path=folder, fname=Path(name).name)
+            except OSError as error:  # also every error of requests
+                raise DataError(
+                    f"{url} could not be downloaded ({error}). Without a connection, put run09.npz, made "
+                    f"on another machine by `ace data mocap`, at {path} or into the folder mocap of ACE_DATA."
+                ) from error
+            contents.append(read_pickled_arrays(Path(file).read_bytes(), url))
+    try:
+        arrays = _motion_arrays(*contents)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{origin}: the motion files are not laid out as published ({error!r})") from error
+    _verify_motion("run09", arrays, origin)
+    save_arrays(path, arrays)
+    return path
+
+
+def read_pickled_arrays(content: bytes, source: str) -> Any:
+    """Read a pickle of plain containers, numbers and NumPy arrays, without running anything else.
+
+    Args:
+        content: The pickle.
+        source: Where it came from, for the message.
+
+    Returns:
+        The object.
+
+    Raises:
+        DataError: Truncated, not a pickle, or one that asks for any other class or function.
+
+    Example:
+        >>> read_pickled_arrays(pickle.dumps({"a": np.arange(2)}), "here")
+        {'a': array([0, 1])}
+    """
+    try:
+        return _ArrayUnpickler(io.BytesIO(content)).load()
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    except Exception as error:  # pickles fail in every way there is
+        raise DataError(f"{source} is damaged or not a pickle ({error!r}). Download it again.") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows the three names that pickled arrays use, by their NumPy 1 and NumPy 2 paths."""
+
+    _reconstruct = np.empty(0).__reduce__()[0]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+        }:
+            return self._reconstruct
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        raise DataError(f"the pickle asks for {module}.{name}, which is not array data. It was not opened.")
+
+
+def _motion_arrays(motion: Any, split: Any) -> dict[str, np.ndarray]:
+    """Arrays of `load_motion` from the two published objects: (bones, trials) and one dict per partition."""
+    edges, trials = motion
+    arrays = {
+        "xyz": np.concatenate(trials).astype(np.float32),
+        "trial_offset": np.cumsum([0, *map(len, trials)]).astype(np.int64),
+        "edges": np.array(edges, dtype=np.int64),
+    }
+    for partition, starts in zip(("train", "val", "test"), split, strict=True):
+        arrays[f"{partition}_trial"] = np.array(list(starts), dtype=np.int64)
+        arrays[f"{partition}_start"] = np.array(list(starts.values()), dtype=np.int64)
+    return arrays
+
+
+def _verify_motion(subject: str, arrays: dict[str, np.ndarray], source: str) -> None:
+    if checksum(arrays) != CHECKSUMS[subject]:
+        raise DataError(
+            f"{source} does not hold the published numbers of {subject}: checksum {checksum(arrays)}, "
+            f"expected {CHECKSUMS[subject]}. Replace it by an unaltered copy."
+        )
+
+
+def _motion_paths(subject: str) -> list[Path]:
+    folders = [Path(os.environ["ACE_DATA"])] if os.environ.get("ACE_DATA") else []
+    return [folder / "mocap" / f"{subject}.npz" for folder in (*folders, cache_folder())]
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, AttributeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error!r}): it was truncated or altered. Replace it.") from error
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.close()
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,50 @@
+"""The benchmark tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.data import explain_motion, find_motion
+from benchmarks.tasks.base import Batch, Task
+from benchmarks.tasks.mocap import SUBJECTS, MotionCapture
+from benchmarks.tasks.nbody import NBody
+
+__all__ = ["TASKS", "Batch", "Task", "TaskEntry"]
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What the suite needs to know about a task before it builds it.
+
+    Attributes:
+        factory: Constructor; takes the data options of the configuration.
+        models: Names of the models usually run on it.
+        available: Says whether its data are at hand and, if not, what to do.
+    """
+
+    factory: Callable[..., Task]
+    models: tuple[str, ...]
+    available: Callable[[], tuple[bool, str]]
+
+
+def _generated() -> tuple[bool, str]:
+    return True, ""
+
+
+def _motion_available(subject: str) -> tuple[bool, str]:
+    return (True, "") if find_motion(subject) else (False, explain_motion(subject))
+
+
+TASKS = {
+    "nbody": TaskEntry(NBody, ("egnn", "segnn"), _generated),
+    "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn"), _generated),
+    **{
+        f"mocap-{motion}": TaskEntry(
+            partial(MotionCapture, motion), ("egno", "egnn"), partial(_motion_available, subject)
+        )
+        for motion, subject in SUBJECTS.items()
+    },
+}
+"""Name -> `TaskEntry`."""

@@ -1,0 +1,178 @@
+"""What a task offers to the training loop: batches, loss, metrics and its symmetry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from ace.groups import Element, Group, act
+
+EVALUATION_BATCH = 100
+"""Graphs per batch in `Task.evaluate`; no result depends on it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Graphs joined into one, and what is to be predicted for them.
+
+    Attributes:
+        inputs: Keyword arguments of the models' ``forward``.
+        target: Target, first axis over nodes.
+    """
+
+    inputs: dict[str, Tensor]
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split: S samples of graphs with n nodes and e edges each, float32.
+
+    Attributes:
+        pos: Positions, shape (S, n, 3).
+        vel: Velocities, shape (S, n, 3).
+        h: Invariant node features, shape (S, n, d_h).
+        edge_attr: Invariant edge attributes, shape (S, e, d_e).
+        target: Shape (S, n, 3) or (S, n, T, 3).
+    """
+
+    pos: Tensor
+    vel: Tensor
+    h: Tensor
+    edge_attr: Tensor
+    target: Tensor
+
+
+class Task:
+    """Prediction of positions on graphs that all have the same edges.
+
+    Args:
+        edge_index: Source and target node of each edge of one graph, shape (2, e).
+        splits: Samples of ``"train"``, ``"valid"`` and ``"test"``.
+
+    Attributes:
+        name: Name in the registry.
+        group: Symmetry group.
+        input_types: Type of each model input, in the words of `ace.groups`.
+        output_type: Type of the prediction.
+        metric: Name of the metric in `evaluate` that counts; lower is better.
+    """
+
+    name: str
+    group: Group
+    input_types: ClassVar[dict[str, str]] = {
+        "pos": "position",
+        "vel": "vector",
+        "h": "scalar",
+        "edge_index": "edge_index",
+        "edge_attr": "invariant",
+        "batch": "invariant",
+    }
+    output_type: ClassVar[str] = "position"
+    metric: ClassVar[str] = "mse"
+
+    def __init__(self, edge_index: Tensor, splits: dict[str, Samples]) -> None:
+        self.edge_index = edge_index
+        self.splits = splits
+        self._topology = lru_cache(maxsize=8)(self._build_topology)
+
+    def size(self, split: str) -> int:
+        """Number of samples of a split."""
+        return len(self.splits[split].pos)
+
+    def batches(self, split: str, batch_size: int, *, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        """Iterate over a split once.
+
+        Args:
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+            batch_size: Graphs per batch; the last batch may be smaller.
+            shuffle_seed: Seed of the order; ``None`` keeps the stored order.
+
+        Yields:
+            Batches that together hold each sample once.
+        """
+        order = torch.arange(self.size(split))
+        if shuffle_seed is not None:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
+        for chosen in order.split(batch_size):
+            yield self._collate(self.splits[split], chosen)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Training loss: mean squared error over nodes and coordinates; a tensor without axes."""
+        return mse_loss(model(**batch.inputs), batch.target)
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Metrics of one batch, each a mean over its graphs."""
+        return {"mse": mse_loss(prediction, target)}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Metrics of a model over a whole split.
+
+        Args:
+            model: Put into evaluation mode for the while.
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Returns:
+            Metric name -> mean over the samples.
+        """
+        training, totals = model.training, dict[str, float]()
+        model.eval()
+        try:
+            for batch in self.batches(split, EVALUATION_BATCH):
+                graphs = int(batch.inputs["batch"][-1]) + 1
+                for name, value in self.metrics(model(**batch.inputs), batch.target).items():
+                    totals[name] = totals.get(name, 0.0) + graphs * float(value)
+        finally:
+            model.train(training)
+        return {name: total / self.size(split) for name, total in totals.items()}
+
+    def example(self) -> dict[str, Tensor]:
+        """Model inputs of a batch of up to four training samples."""
+        return next(self.batches("train", 4)).inputs
+
+    def transform(self, batch: Batch, element: Element) -> Batch:
+        """Apply one group element to inputs and target alike.
+
+        Args:
+            batch: Any batch of this task.
+            element: From ``group.sample``.
+
+        Returns:
+            The transformed batch.
+        """
+        inputs = {name: act(element, value, self.input_types[name]) for name, value in batch.inputs.items()}
+        return replace(batch, inputs=inputs, target=act(element, batch.target, self.output_type))
+
+    def model_options(self, model_name: str) -> dict[str, Any]:
+        """Constructor arguments that the task decides: the sizes of its features."""
+        train = self.splits["train"]
+        return {"node_features": train.h.shape[-1], "edge_features": train.edge_attr.shape[-1]}
+
+    def _collate(self, samples: Samples, chosen: Tensor) -> Batch:
+        edge_index, batch = self._topology(len(chosen), samples.pos.shape[1])
+        pos, vel, h, edge_attr, target = (
+            values[chosen].flatten(0, 1)
+            for values in (samples.pos, samples.vel, samples.h, samples.edge_attr, samples.target)
+        )
+        inputs = {
+            "pos": pos,
+            "vel": vel,
+            "h": h,
+            "edge_index": edge_index,
+            "edge_attr": edge_attr,
+            "batch": batch,
+        }
+        return Batch(inputs, target)
+
+    def _build_topology(self, graphs: int, nodes: int) -> tuple[Tensor, Tensor]:
+        """Edges (2, graphs * e) and graph index of the nodes of several copies of the graph."""
+        index = torch.arange(graphs)
+        edge_index = (self.edge_index[:, None] + nodes * index[:, None]).flatten(1)
+        return edge_index, index.repeat_interleave(nodes)
