@@ -272,6 +272,7 @@ def _arguments(
         problems.append(
             f"no tensor found in a batch of type {type(batch).__name__}: pass a tuple, a dict, a tensor or a PyG Data"
         )
+        _refuse(model, group, problems)
     still = ("invariant",) if isinstance(group, Permutations) else ("scalar", "edge_index", "invariant")
     if all(argument.kind in still for argument in arguments):
         problems.append(
@@ -293,7 +294,7 @@ def _check(
 ) -> list[tuple[str, Tensor, str]]:
     """Output tensors with their types; refuse if any type of an input or output is missing or wrong."""
     for argument in arguments:
-        found = {finding(motion, tensor, argument.kind) for tensor in _tensors(argument.value)}
+        found = dict.fromkeys(finding(motion, tensor, argument.kind) for tensor in _tensors(argument.value))
         problems += [f"input {argument.name}: {problem}" for problem in found if problem]
     leaves = []
     for label, tensor, kind in _leaves(reference, outputs, problems):

@@ -436,6 +436,17 @@ def test_float32_is_float64_rounded_and_gradients_flow(kind: str) -> None:
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_tensors_stay_on_their_device(kind: str) -> None:
+    shape = {"image": (2, 4, 4), "vector_image": (2, 4, 4), "scalar": (NODES, 2)}.get(kind, (NODES, 3))
+    x = torch.zeros(shape, device="meta", dtype=torch.long if kind == "edge_index" else torch.float32)
+    for element in (*SO2().sample(1), *Dihedral(4).sample(1), *Permutations().sample(1, nodes=NODES)):
+        moved = act(element, x, kind)
+        assert (moved.device, moved.dtype, moved.shape) == (x.device, x.dtype, x.shape)
+    if "image" not in kind:
+        assert act_generator(SO2().generators()[0], x, kind).device == x.device
+
+
 def test_still_tensors_are_returned_as_they_are() -> None:
     x = torch.arange(6).reshape(2, 3)
     for group in GEOMETRIC:
