@@ -1,0 +1,458 @@
+"""Configurations: what a run and a suite are, read from YAML files and ``key=value`` words.
+
+Several sources describe a run, the later ones winning: the file of its method, the file of its task, that
+file's entry for the model, then a suite or the command line. Keys that nobody knows are refused, and all
+that is wrong is reported at once, each finding with the source it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, reduce
+from itertools import product
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from ace.errors import ConfigError
+from benchmarks.models import MODELS
+from benchmarks.tasks import TASKS
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+"""Folder of the configurations that can be called by name: tasks/, methods/, suites/."""
+
+Flat = dict[tuple[str, ...], tuple[Any, str]]
+"""Dotted key, as a tuple, to the value and the source it came from."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class _Relaxing(_Frozen):
+    """Options of the methods that choose their relaxation terms."""
+
+    term: Literal["linear", "mlp", "spectral"] = "linear"
+    normalize: bool = False
+
+
+class Strict(_Frozen):
+    """The equivariant model as it is."""
+
+    name: Literal["strict"]
+
+
+class Unconstrained(_Relaxing):
+    """γ = 1 throughout; the relaxed model is shipped."""
+
+    name: Literal["unconstrained"]
+
+
+class Ace(_Relaxing):
+    """γ = 0 as a constraint, with the default primal-dual optimizer; the restored model is shipped."""
+
+    name: Literal["ace"]
+
+
+class AceResilient(_Relaxing):
+    """γ is paid for at the price ``rho``; the relaxed model is shipped."""
+
+    name: Literal["ace-resilient"]
+    rho: float = Field(1.0, gt=0)
+
+
+class AcePaper(_Relaxing):
+    """γ = 0 by the published algorithm with dual rate ``dual_lr`` (default: ``lr``); restored is shipped."""
+
+    name: Literal["ace-paper"]
+    dual_lr: float | None = Field(None, gt=0)
+
+
+class Cr(_Frozen):
+    """γ on a triangle 0, 1, 0 and a Lie-derivative regulariser of this weight; restored is shipped."""
+
+    name: Literal["cr"]
+    weight: float = Field(0.01, ge=0)
+
+
+def _options(name: str, build: Callable[..., Any]) -> type[_Frozen]:
+    """Make the configuration type of a constructor: its arguments with a default that are not bound already."""
+    constructor, bound = (build.func, build.keywords) if isinstance(build, partial) else (build, {})
+    hints = get_type_hints(constructor.__init__)
+    fields: dict[str, Any] = {
+        key: (hints[key], parameter.default)
+        for key, parameter in inspect.signature(build).parameters.items()
+        if parameter.default is not parameter.empty and key not in bound
+    }
+    return create_model(name, __base__=_Frozen, name=(Literal[name], ...), **fields)
+
+
+CHOICES: dict[str, dict[str, type[_Frozen]]] = {
+    "task": {name: _options(name, entry.factory) for name, entry in TASKS.items()},
+    "model": {name: _options(name, entry.build) for name, entry in MODELS.items()},
+    "method": {
+        "strict": Strict,
+        "unconstrained": Unconstrained,
+        "ace": Ace,
+        "ace-resilient": AceResilient,
+        "ace-paper": AcePaper,
+        "cr": Cr,
+    },
+}
+"""What can be chosen for each part of a run, with the type of its options."""
+
+
+def _one_of(part: str) -> Any:
+    return Annotated[reduce(or_, CHOICES[part].values()), Field(discriminator="name")]
+
+
+class RunConfig(_Frozen):
+    """One run: a task, a model, a method, a seed, and how to train.
+
+    Attributes:
+        task: Name and data options of the task.
+        model: Name and options of the model; those that follow from the data are left to the task.
+        method: Name and options of the method.
+        seed: Decides the initial weights, the order of the data and the augmentation.
+        steps: Number of updates.
+        batch_size: Samples per update.
+        lr: Learning rate.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        weight_decay: Of all weights, those of the terms included.
+        clip: Largest norm of the gradient of the weights, or None.
+        augment: Move every training batch by a random element of the task's group.
+        eval_every: Steps between evaluations on the validation split.
+        log_every: Steps between rows of loss, γ, violation and multiplier in the history.
+        checkpoint_every: Steps between checkpoints; cannot change the result.
+        threads: Number of threads of PyTorch.
+    """
+
+    task: _one_of("task")  # type: ignore[valid-type]
+    model: _one_of("model")  # type: ignore[valid-type]
+    method: _one_of("method") = Ace(name="ace")  # type: ignore[valid-type]
+    seed: int = Field(0, ge=0)
+    steps: int = Field(10_000, gt=0)
+    batch_size: int = Field(100, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(None, gt=0)
+    augment: bool = False
+    eval_every: int = Field(500, gt=0)
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
+    threads: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        models = TASKS[self.task.name].models
+        if self.model.name not in models:
+            raise ValueError(f"model {self.model.name!r} does not run on {self.task.name} ({', '.join(models)} do)")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that can change the result, as plain values."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every"})
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON of ``identity``, hexadecimal."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run inside that of its suite."""
+        pair = f"{self.task.name}-{self.model.name}"
+        return Path(pair, self.method.name, f"seed{self.seed}-{self.hash[:8]}")
+
+    @property
+    def label(self) -> str:
+        """Name of the run for people: ``task-model/method/seed``."""
+        return f"{self.task.name}-{self.model.name}/{self.method.name}/seed{self.seed}"
+
+    def to_yaml(self) -> str:
+        """Return the file that ``load_run`` reads back as the same configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Block(_Frozen):
+    """One product of a suite's grid; methods and seeds default to those of the suite.
+
+    An optional block is left out where its data are missing, instead of stopping the suite.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    models: list[str] = Field(min_length=1)
+    methods: list[str] | None = None
+    seeds: list[int] | None = None
+    overrides: dict[str, Any] = {}
+    optional: bool = False
+
+
+class Suite(NamedTuple):
+    """The runs of a suite, and which of them to leave out where their data are missing (their hashes)."""
+
+    runs: list[RunConfig]
+    optional: frozenset[str]
+
+
+class SuiteConfig(_Frozen):
+    """A grid of runs: the union of blocks, each task × model × method × seed.
+
+    Attributes:
+        grid: The blocks.
+        methods: Methods of the blocks that name none.
+        seeds: Seeds of the blocks that name none.
+        overrides: Settings of every run; those of a block win over them.
+    """
+
+    grid: list[_Block] = Field(min_length=1)
+    methods: list[str] = []
+    seeds: list[int] = [0]
+    overrides: dict[str, Any] = {}
+
+
+def load_run(task: str | Path, words: Iterable[str] = ()) -> RunConfig:
+    """Read the configuration of one run.
+
+    Args:
+        task: Name of a file in ``configs/tasks``, or the path of a YAML file.
+        words: ``key=value`` overrides, such as ``steps=100``, ``method=cr`` or ``method.weight=0.1``.
+
+    Returns:
+        The configuration with every default filled in.
+
+    Raises:
+        ConfigError: Unknown keys, wrong values, or a file that cannot be read.
+
+    Example:
+        >>> config = load_run("nbody", ["method=cr", "method.weight=0.1"])
+        >>> config.label, config.method.weight
+        ('nbody-egnn/cr/seed0', 0.1)
+    """
+    return _resolve(task, parse_words(words))
+
+
+def load_suite(path: str | Path, words: Iterable[str] = ()) -> Suite:
+    """Read a suite and expand its grid.
+
+    Args:
+        path: Name of a file in ``configs/suites``, or the path of a YAML file.
+        words: ``key=value`` overrides of every run.
+
+    Returns:
+        The runs, seeds outermost, so that an interrupted suite has whole comparisons.
+
+    Raises:
+        ConfigError: Unknown keys, wrong values, or a file that cannot be read.
+
+    Example:
+        >>> sorted({run.method.name for run in load_suite("smoke").runs})
+        ['ace', 'ace-paper', 'ace-resilient', 'cr', 'strict', 'unconstrained']
+    """
+    path = find("suites", path)
+    source = str(path)
+    content = _read(path)
+    try:
+        suite = SuiteConfig(**content)
+    except ValidationError as error:
+        raise ConfigError(_report(error, SuiteConfig, lambda _: source)) from None
+    shared = _flatten(suite.overrides, source)
+    last = parse_words(words)
+    runs: dict[str, RunConfig] = {}
+    optional: set[str] = set()
+    findings: dict[str, None] = {}
+    for block in suite.grid:
+        own = _flatten(block.overrides, source)
+        seeds = suite.seeds if block.seeds is None else block.seeds
+        methods = suite.methods if block.methods is None else block.methods
+        for task, model, method, seed in product(block.tasks, block.models, methods, seeds):
+            place = _flatten({"model": model, "method": method, "seed": seed}, source)
+            try:
+                run = _resolve(task, _overlay(shared, own, place, last))
+            except ConfigError as error:
+                findings.update(dict.fromkeys(str(error).splitlines()))
+            else:
+                runs[run.hash] = run
+                if block.optional:
+                    optional.add(run.hash)
+    if not runs and not findings:
+        findings[f"{source}: no methods, so no runs; add methods: [strict, ace]"] = None
+    if findings:
+        raise ConfigError("\n".join(findings))
+    return Suite(sorted(runs.values(), key=lambda run: run.seed), frozenset(optional))
+
+
+def parse_words(words: Iterable[str]) -> Flat:
+    """Parse ``key=value`` words; values are YAML.
+
+    Raises:
+        ConfigError: A word without ``=``, or whose value is not YAML.
+
+    Example:
+        >>> parse_words(["steps=100", "method=cr"])
+        {('steps',): (100, 'command line'), ('method', 'name'): ('cr', 'command line')}
+    """
+    flat: Flat = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"command line: {word!r} is not of the form key=value, such as steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: the value of {word!r} is not YAML: {_first_line(error)}") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        flat = _overlay(flat, _flatten(value, "command line"))
+    return flat
+
+
+def find(kind: str, word: str | Path) -> Path:
+    """Return the path of a configuration file that was given by name or by path.
+
+    Args:
+        kind: ``tasks``, ``methods`` or ``suites``.
+        word: A name without suffix, or a path.
+
+    Raises:
+        ConfigError: There is no such file; the message names the nearest.
+
+    Example:
+        >>> find("suites", "smoke").name
+        'smoke.yaml'
+    """
+    path = Path(word)
+    if path.suffix in {".yaml", ".yml"}:
+        if path.is_file():
+            return path
+        raise ConfigError(f"{path}: no such file")
+    named = CONFIGS / kind / f"{word}.yaml"
+    if named.is_file():
+        return named
+    names = sorted(file.stem for file in (CONFIGS / kind).glob("*.yaml"))
+    raise ConfigError(f"no {kind[:-1]} called {str(word)!r}{_nearest(str(word), names)}; or pass a YAML file")
+
+
+def _resolve(task: str | Path, overrides: Flat) -> RunConfig:
+    """Stack the sources of a run and check the result."""
+    path = find("tasks", task)
+    content = _read(path)
+    entries = content.pop("models", {})
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ConfigError(f"{path}: models must hold the settings of each model, such as {{segnn: {{lr: 5e-4}}}}")
+    for unknown in entries.keys() - CHOICES["model"].keys():
+        raise ConfigError(f"{path}: unknown model {unknown!r} under models{_nearest(str(unknown), list(MODELS))}")
+    flat = _overlay(_flatten(content, str(path)), overrides)
+    model, method = (str(flat.get((part, "name"), ("",))[0]) for part in ("model", "method"))
+    if model in entries:
+        name: Flat = {("model", "name"): (model, str(path))}
+        own = _flatten(entries[model], f"{path} (models: {model})")
+        flat = _overlay(_flatten(content, str(path)), name, own, overrides)
+    defaults = CONFIGS / "methods" / f"{method or 'ace'}.yaml"
+    if defaults.is_file():
+        flat = {**_flatten(_read(defaults), str(defaults)), **flat}
+    return _check(flat, str(path))
+
+
+def _check(flat: Flat, file: str) -> RunConfig:
+    def source(key: tuple[str, ...]) -> str:
+        return next((where for name, (_, where) in flat.items() if key and name[: len(key)] == key), file)
+
+    nested: dict[str, Any] = {}
+    for key, (value, _) in flat.items():
+        inner = nested
+        for part in key[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{flat[key][1]}: {'.'.join(key)!r}: {part!r} is a single value, it has no parts")
+        inner[key[-1]] = value
+    try:
+        return RunConfig(**nested)
+    except ValidationError as error:
+        raise ConfigError(_report(error, RunConfig, source)) from None
+
+
+def _flatten(content: Mapping[str, Any], source: str) -> Flat:
+    """Flatten nested settings; the name alone may stand for a task, model or method without options."""
+    flat: Flat = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update({(str(key), *inner): found for inner, found in _flatten(value, source).items()})
+        elif key in CHOICES:
+            flat[key, "name"] = (value, source)
+        else:
+            flat[(str(key),)] = (value, source)
+    return flat
+
+
+def _overlay(*layers: Flat) -> Flat:
+    """Stack settings, later ones winning; another name of a part drops the options of the old one."""
+    stacked: Flat = {}
+    for layer in layers:
+        for part in CHOICES:
+            key = (part, "name")
+            if key in stacked and key in layer and stacked[key][0] != layer[key][0]:
+                stacked = {old: value for old, value in stacked.items() if old[0] != part}
+        stacked.update(layer)
+    return stacked
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {_first_line(error)}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold key: value lines, not a {type(content).__name__}")
+    return content
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
+
+
+def _report(error: ValidationError, schema: type[BaseModel], source: Callable[[tuple[str, ...]], str]) -> str:
+    """Turn the findings of pydantic into one line each: source, key, what is wrong, what would be right."""
+    lines = []
+    for finding in error.errors():
+        place = tuple(map(str, finding["loc"]))
+        choices = CHOICES.get(place[0], {}) if place and schema is RunConfig else {}
+        key = place[:1] + place[2:] if choices else place  # pydantic puts the chosen name second
+        name = ".".join(key)
+        if not place:
+            text = str(finding["ctx"]["error"])
+        elif finding["type"] == "extra_forbidden":
+            owner = choices[place[1]] if choices else _owner(schema, place)
+            text = f"unknown key {name!r}{_nearest(place[-1], [k for k in owner.model_fields if k != 'name'])}"
+        elif finding["type"] == "union_tag_invalid":
+            tag = str(finding["ctx"]["tag"])
+            text = f"unknown {name} {tag!r}{_nearest(tag, list(choices))}"
+        elif finding["type"] in {"missing", "union_tag_not_found"}:
+            text = f"no {name} is given"
+        else:
+            text = f"{name} = {finding['input']!r}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
+        lines.append(f"{source(key)}: {text}")
+    return "\n".join(lines)
+
+
+def _owner(schema: type[BaseModel], place: tuple[str, ...]) -> type[BaseModel]:
+    return _Block if schema is SuiteConfig and len(place) > 1 else schema
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} (valid: {', '.join(valid)})"

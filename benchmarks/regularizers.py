@@ -1,0 +1,84 @@
+"""The Lie-derivative regulariser that pulls a relaxation term towards equivariance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+
+import ace
+from ace.groups import SO3, act_generator
+
+
+class LieRegularizer:
+    r"""Regulariser of the dense maps of all relaxation terms.
+
+    Equations 3 to 5 of Pertigkiozoglou et al. (NeurIPS 2024), with the input x of each term detached, so that
+    they act on the term only and not on what comes before it:
+
+    .. math::
+
+        R_l &= \sum_n \sum_{a=1}^{3} \| W_l A^\mathrm{in}_a x_{l,n} - A^\mathrm{out}_a (W_l x_{l,n} + b_l) \|^2,
+        \qquad N_l = \sum_n \| W_l x_{l,n} + b_l \|^2 \\
+        r &= \sqrt{\textstyle\sum_l R_l} + \sqrt{\textstyle\sum_l N_l}
+
+    A_a are the generators of the rotations on the term's input and output; the sums run over all rows n of
+    the batch. A bias is part of the map, so that r = 0 in its first part exactly where the map is equivariant.
+
+    Args:
+        relaxed: A relaxed model whose terms are linear.
+        reads: Layer -> e3nn irreps of the concatenated inputs of its term.
+        writes: Layer -> e3nn irreps of the concatenated outputs.
+
+    Example:
+        >>> relaxed = ace.relax(nn.Linear(3, 3), layers=nn.Linear, example=torch.ones(5, 3))
+        >>> regularizer = LieRegularizer(relaxed, lambda layer: "1x1o", lambda layer: "1x1o")
+        >>> dense = relaxed.relaxation.term.map
+        >>> _ = nn.init.eye_(dense.weight), nn.init.zeros_(dense.bias)  # commutes with rotations
+        >>> _ = relaxed(torch.ones(5, 3))
+        >>> derivative, norm = regularizer.parts()
+        >>> derivative.item() < 1e-6, round(norm.item() ** 2)
+        (True, 15)
+    """
+
+    def __init__(self, relaxed: nn.Module, reads: Callable[[Any], str], writes: Callable[[Any], str]) -> None:
+        self._terms: list[tuple[nn.Linear, list[Tensor], Tensor, Tensor]] = []
+        for path, relaxation in ace.relaxations(relaxed).items():
+            layer, dense, seen = relaxed.get_submodule(path), relaxation.term.map, list[Tensor]()
+            into, out = (_generators(types(layer), dense.weight) for types in (reads, writes))
+            self._terms.append((dense, seen, into, out))
+            dense.register_forward_pre_hook(partial(_remember, seen))
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return the two roots for the inputs seen since the last call; tensors without axes."""
+        derivatives, norms = [], []
+        for dense, seen, into, out in self._terms:
+            x = torch.cat(seen)
+            seen.clear()
+            weight, bias = dense.weight.T, dense.bias
+            # x Aᵀ_in Wᵀ - (x Wᵀ + b) Aᵀ_out, where the product of the matrices is cheaper than that of the rows
+            derivative = x @ (into @ weight - weight @ out) - (bias @ out)[:, None]
+            derivatives.append(derivative.square().sum())
+            norms.append((x @ weight + bias).square().sum())
+        return _root(derivatives), _root(norms)
+
+
+def _remember(seen: list[Tensor], dense: nn.Module, args: tuple[Tensor]) -> None:
+    """Keep the input of a map, in training only: an evaluation in between is none of the regulariser's."""
+    if dense.training:
+        seen.append(args[0].detach().flatten(0, -2))
+
+
+def _root(squares: list[Tensor]) -> Tensor:
+    total = torch.stack(squares).sum()
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()  # the root has no derivative at 0
+
+
+def _generators(irreps: str, weight: Tensor) -> Tensor:
+    """Transposed generators of the rotations on a representation, shape (3, dim, dim)."""
+    basis = torch.eye(o3.Irreps(irreps).dim, dtype=torch.float64)
+    return torch.stack([act_generator(generator, basis, irreps) for generator in SO3().generators()]).to(weight)
