@@ -298,21 +298,19 @@ def _draw_learning_curves(ax: Axes, frame: pd.DataFrame) -> None:
     methods = _methods(rows)
     if len(methods) > 1:
         rows = _rows(rows, "valid_relaxed", "valid_restored")
-    for quantity, (label, colour, style, width) in _CURVES.items():
-        of_quantity = rows[rows["quantity"] == quantity]
-        if len(methods) > 1:
-            for method, of_method in methods.items():
-                chosen = of_quantity[of_quantity["method"] == method]
-                _draw_mean(ax, chosen, color=of_method, linestyle=style, linewidth=width)
-        elif len(of_quantity):
-            _draw_mean(ax, of_quantity, color=colour, linestyle=style, linewidth=width, label=label)
-    if len(methods) > 1:
-        styles = {"relaxed": _CURVES["valid_relaxed"][2], "restored": _CURVES["valid_restored"][2]}
-        ax.legend(
-            handles=[Line2D([], [], color=colour, label=method) for method, colour in methods.items()]
-            + [Line2D([], [], color="0.4", linestyle=style, label=label) for label, style in styles.items()]
-        )
+        key = [Line2D([], [], color=colour, label=method) for method, colour in methods.items()]
+        for quantity, of_quantity in rows.groupby("quantity", observed=True):
+            _, _, style, width = _CURVES[str(quantity)]
+            meaning = str(quantity).removeprefix("valid_")
+            key.append(Line2D([], [], color="0.4", linestyle=style, label=meaning))
+            for method, colour in methods.items():
+                curve = of_quantity[of_quantity["method"] == method]
+                _draw_mean(ax, curve, color=colour, linestyle=style, linewidth=width)
+        ax.legend(handles=key)
     else:
+        for quantity, (label, colour, style, width) in _CURVES.items():
+            curve = rows[rows["quantity"] == quantity]
+            _draw_mean(ax, curve, color=colour, linestyle=style, linewidth=width, label=label)
         ax.legend()
     if (rows["value"].dropna() > 0).all():  # some losses are negative
         ax.set_yscale("log")
@@ -334,6 +332,8 @@ def _draw_equivariance_error(ax: Axes, frame: pd.DataFrame) -> None:
 
 def _draw_mean(ax: Axes, rows: pd.DataFrame, band: bool = True, **style: Any) -> None:
     """A line through the mean of each step, over runs if there are several, then in a band."""
+    if rows.empty:
+        return
     per_step = rows.groupby("step")["value"]
     mean = per_step.mean()
     if len(mean) <= 30:

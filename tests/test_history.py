@@ -92,7 +92,7 @@ def file_size_limit(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(rows, st.booleans())
 def test_every_value_comes_back_exactly(folder, rows, on_disk):
     history = History(fresh(folder) if on_disk else None)
@@ -104,7 +104,7 @@ def test_every_value_comes_back_exactly(folder, rows, on_disk):
         assert listed(History.load(history.path).frame()) == expected(rows)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(rows, rows)
 def test_an_existing_file_is_continued(folder, before, after):
     path = fresh(folder)
@@ -117,7 +117,7 @@ def test_an_existing_file_is_continued(folder, before, after):
     assert listed(History(path).frame()) == expected(before + after)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(rows, rows, st.integers(-1, 21))
 def test_truncate_keeps_exactly_the_rows_up_to_the_step(folder, written, pending, step):
     path = fresh(folder)
@@ -136,7 +136,7 @@ def test_truncate_keeps_exactly_the_rows_up_to_the_step(folder, written, pending
     assert set(folder.iterdir()) <= {path}  # no temporary file is left
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(rows.filter(bool), rows, st.data())
 def test_a_file_cut_anywhere_loses_at_most_the_cut_line(folder, before, after, data):
     path = fresh(folder)
