@@ -1,0 +1,310 @@
+"""The one training loop: a configuration in, a folder with everything about the run out.
+
+``python -m benchmarks.train FOLDER`` trains the run whose ``config.yaml`` lies in the folder, from its last
+checkpoint if there is one. What a step does depends on the configuration and the number of the step only, so
+a run that was killed and resumed is bitwise the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ace
+from ace import checkpoint
+from ace.errors import AceError, ConfigError, NonFiniteLoss
+from ace.history import replace_file
+from benchmarks.config import RunConfig, load_run
+from benchmarks.locks import locked
+from benchmarks.methods import METHODS, Method
+from benchmarks.models import MODELS
+from benchmarks.tasks import TASKS, Batch, Task
+
+ELEMENTS = 8
+"""Group elements in each measurement of the equivariance error."""
+PROBE = 20
+"""Samples in each measurement of the equivariance error during training."""
+
+Progress = Callable[[int], None]
+
+
+def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Train, or go on training, one run.
+
+    Args:
+        config: The run.
+        folder: Where its files are; made as needed.
+        progress: Called with the number of steps done after each step.
+
+    Returns:
+        The summary, which is also in ``summary.json``. A run that is done is not repeated.
+
+    Raises:
+        AceError: The run failed: a non-finite loss, missing data, a full disk, a checkpoint of another
+            configuration. Whatever ends a run is kept with its traceback in ``error.txt``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (folder / "summary.json").exists():
+            return json.loads((folder / "summary.json").read_bytes())
+        replace_file(folder / "config.yaml", config.to_yaml().encode())
+        (folder / "error.txt").unlink(missing_ok=True)
+        try:
+            summary = _Training(config, folder).run(progress)
+            replace_file(folder / "summary.json", json.dumps(summary, indent=1).encode())
+        except Exception:
+            # On a full disk this cannot be written either; without it the run still is not done.
+            _try_to_write(folder / "error.txt", traceback.format_exc())
+            raise
+    return summary
+
+
+def build_task(config: RunConfig) -> Task:
+    """Make the task of a run, its data generated or loaded.
+
+    Raises:
+        DataError: The data are missing or damaged.
+    """
+    return TASKS[config.task.name].factory(**config.task.model_dump(exclude={"name"}))
+
+
+def build_model(config: RunConfig, task: Task) -> nn.Module:
+    """Make the model of a run; its weights depend on the seed only, not on the method.
+
+    Raises:
+        ConfigError: An option was set that follows from the data.
+    """
+    options = config.model.model_dump(exclude={"name"})
+    decided = task.model_options(config.model.name)
+    wrong = [f"model.{key} is {options[key]}" for key in decided if options.get(key, decided[key]) != decided[key]]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}: leave it out, it follows from the data of {task.name}: {decided}")
+    torch.manual_seed(config.seed)
+    return MODELS[config.model.name].build(**{**options, **decided})
+
+
+def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[tuple[int, Batch]]:
+    """Iterate over the training batches without end.
+
+    The order within an epoch depends on (seed, epoch) and the augmentation on (seed, step).
+
+    Args:
+        config: The run.
+        task: Its task.
+        start: Number of steps done already.
+
+    Yields:
+        Epoch, from 0, and batch.
+    """
+    per_epoch = math.ceil(task.size("train") / config.batch_size)
+    for step in itertools.count(start):
+        epoch, place = divmod(step, per_epoch)
+        if step == start or place == 0:
+            order = task.batches("train", config.batch_size, shuffle_seed=_seed(config.seed, 0, epoch))
+            batches = itertools.islice(order, place, None)
+        batch = next(batches)
+        if config.augment:
+            [element] = task.group.sample(1, _seed(config.seed, 1, step))
+            batch = task.transform(batch, element)
+        yield epoch, batch
+
+
+class _Training:
+    """One run in progress: all that a checkpoint holds, as attributes."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self.checkpoint = folder / "checkpoint.pt"
+        self.task = build_task(config)
+        model = build_model(config, self.task)
+        self.method: Method = METHODS[config.method.name](config, model, self.task)
+        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.probe = next(self.task.batches("valid", PROBE)).inputs
+        self.history = ace.History(folder / "history.csv", every=config.log_every)
+        self.step = 0
+        self.best: dict[str, Any] = {"step": 0, "value": math.inf, "model": {}}
+        self.seconds = {"steps": 0.0, "all": 0.0}
+        if self.checkpoint.exists():
+            self.load()
+        self.history.truncate(self.step)
+        self.started = time.perf_counter() - self.seconds["all"]
+
+    def run(self, progress: Progress | None) -> dict[str, Any]:
+        """Take the remaining steps, then measure what is shipped."""
+        config = self.config
+        batches = training_batches(config, self.task, self.step)
+        while self.step < config.steps:
+            start = time.perf_counter()
+            epoch, batch = next(batches)
+            record = self.method.step(batch)
+            self.seconds["steps"] += time.perf_counter() - start
+            self.step += 1
+            self.history.append(record, epoch)
+            last = self.step == config.steps
+            if last or self.step % config.eval_every == 0:
+                self.evaluate(epoch)
+            if last or self.step % config.checkpoint_every == 0:
+                self.save()
+            if progress is not None:
+                progress(self.step)
+        return self.summary()
+
+    def evaluate(self, epoch: int) -> None:
+        """Measure on the validation split, and keep the weights if what would be shipped is the best so far."""
+        relaxed, restored = self.measure("valid")
+        with torch.no_grad():
+            error = self.equivariance_error(self.probe)
+        self.history.log(self.step, epoch, valid_relaxed=relaxed, valid_restored=restored, equivariance_error=error)
+        value = relaxed if self.method.ships_relaxed else restored
+        if value < self.best["value"]:
+            weights = {key: tensor.detach().clone() for key, tensor in self.method.model.state_dict().items()}
+            self.best = {"step": self.step, "value": value, "model": weights}
+
+    def measure(self, split: str) -> tuple[float, float]:
+        """Return the task's metric of the relaxed and of the restored model."""
+        model, metric = self.method.model, self.task.metric
+        relaxed = self.task.evaluate(model, split)[metric]
+        if _max_gamma(model) == 0:
+            return relaxed, relaxed
+        with ace.restored(model):
+            return relaxed, self.task.evaluate(model, split)[metric]
+
+    def equivariance_error(self, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> float:
+        """Return the mean relative error over sampled elements of the task's group."""
+        task = self.task
+        report = ace.equivariance_error(
+            self.method.model,
+            inputs,
+            task.group,
+            inputs=task.input_types,
+            outputs=task.output_type,
+            elements=ELEMENTS,
+            dtype=dtype,
+        )
+        return float(report)
+
+    def save(self) -> None:
+        """Write the history so far, then the checkpoint: a resumed run cuts what the former has more."""
+        self.history.flush()
+        self.seconds["all"] = time.perf_counter() - self.started
+        state = {
+            "method": self.method.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+        }
+        checkpoint.save(self.checkpoint, state, config=self.config.identity())
+
+    def load(self) -> None:
+        """Go back to the last checkpoint."""
+        state = checkpoint.load(self.checkpoint, config=self.config.identity())
+        self.method.load_state_dict(state["method"])
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+        torch.set_rng_state(state["random"])
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Any]:
+        """Load the selected weights, ship the model, and measure it once on the test split."""
+        config, method, model, example = self.config, self.method, self.method.model, self.task.example()
+        final = {"final_max_gamma": _max_gamma(model), "final_projection_gap": _gap(model, example)}
+        if not self.best["step"]:
+            raise NonFiniteLoss("no evaluation on the validation split was finite, so there is no model to ship")
+        for relaxation in ace.relaxations(model).values():
+            relaxation.retired = False  # the selected weights may be from before
+        model.load_state_dict(self.best["model"])
+        relaxed, restored = self.measure("test")
+        selected = {"max_gamma": _max_gamma(model), "projection_gap": _gap(model, example)}
+        shipped = method.finish()
+        inputs = next(self.task.batches("test", 5 * PROBE)).inputs
+        return {
+            "status": "done",
+            "task": config.task.name,
+            "model": config.model.name,
+            "method": config.method.name,
+            "seed": config.seed,
+            "steps": config.steps,
+            "selected_step": self.best["step"],
+            "valid_shipped": self.best["value"],
+            "test_shipped": self.task.evaluate(shipped, "test")[self.task.metric],
+            "test_relaxed": relaxed,
+            "test_restored": restored,
+            "equivariance_error": self.equivariance_error(inputs),
+            "equivariance_error_float64": self.equivariance_error(inputs, torch.float64),
+            **selected,
+            **final,
+            "seconds": time.perf_counter() - self.started,
+            "seconds_per_step": self.seconds["steps"] / config.steps,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "parameters_train": self.parameters,
+            "parameters_inference": sum(p.numel() for p in shipped.parameters()),
+            "config_hash": config.hash,
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "e3nn": version("e3nn"),
+            "cooper": version("cooper-optim"),
+        }
+
+
+def _max_gamma(model: nn.Module) -> float:
+    return max((relaxation.gamma.abs().item() for relaxation in ace.relaxations(model).values()), default=0.0)
+
+
+def _gap(model: nn.Module, example: dict[str, Tensor]) -> float:
+    return ace.projection_gap(model, example) if ace.relaxations(model) else 0.0
+
+
+def _seed(*keys: int) -> int:
+    """Derive a seed; different keys give unrelated ones."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def _try_to_write(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text.encode())
+    except AceError as error:
+        print(error, file=sys.stderr)
+
+
+def _git_commit() -> str:
+    """Return the commit of this checkout, with ``-dirty`` if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def main(folder: Path) -> int:
+    """Train the run of a folder; return 0 when it is done, 1 when it failed."""
+    try:
+        summary = run(load_run(folder / "config.yaml"), folder)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
