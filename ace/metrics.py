@@ -107,7 +107,8 @@ def equivariance_error(
             forces vectors; edge_attr, edge_weight, ptr, y invariant; the rest is scalar.
         outputs: Type of the output, or types in a tuple (``None`` leaves one out) or a dict (keys that are
             not named are left out). Without it, dict outputs go by name, tensors whose last axis is
-            too small for a vector are scalar, and other outputs are refused.
+            too small for a vector are scalar, and other outputs are refused; under `Permutations` an
+            output is scalar if it has the nodes on its node axis, else invariant.
         elements: Number of sampled elements.
         seed: Seed of the sampled elements.
         dtype: Run a copy of the model in this dtype.
@@ -230,7 +231,6 @@ def _evaluating(
     """Give a function that runs the model in eval mode with a fixed random state, and the batch in its dtype."""
 
     def cast(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
         return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
     if dtype is not None and isinstance(model, torch.nn.Module):

@@ -231,6 +231,8 @@ class ReadsData(nn.Module):
     def forward(self, data):  # type: ignore[no-untyped-def]
         from torch_geometric.nn import global_add_pool
 
+        assert "seen" not in data
+        data.seen = True
         relative = data.pos[data.edge_index[0]] - data.pos[data.edge_index[1]]
         data.x = data.x + torch.zeros_like(data.x).index_add(
             0, data.edge_index[1], relative.square().sum(-1, keepdim=True).expand(-1, 2)
@@ -435,11 +437,11 @@ def test_output_shape_must_not_depend_on_the_element() -> None:
 @pytest.mark.parametrize("measure", [equivariance_error, lie_derivative])
 def test_model_and_random_state_are_untouched(measure, dtype) -> None:  # type: ignore[no-untyped-def]
     model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).to(F64).train()
-    model[1].eval()
+    model[2].eval()
     model[3].weight.requires_grad_(False)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
-    x, random = normal(8, 3), torch.get_rng_state()
+    x, random = normal(8, 3).requires_grad_(), torch.get_rng_state()
 
     first = measure(model, x, SO3(), inputs={0: "vector"}, outputs="vector", dtype=dtype)
     again = measure(model, x, SO3(), inputs={0: "vector"}, outputs="vector", dtype=dtype)
@@ -453,6 +455,7 @@ def test_model_and_random_state_are_untouched(measure, dtype) -> None:  # type: 
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(x, normal(8, 3))
+    assert x.grad is None
 
 
 def test_a_model_that_draws_draws_the_same_for_both_sides() -> None:
