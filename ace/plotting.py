@@ -229,7 +229,7 @@ def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None
     if path.suffix[1:] not in formats:
         raise AceError(f"{path}: the suffix must name an image format: {', '.join(sorted(formats))}")
     _check_one(frame, "task", "model", "method")
-    held = set(frame["quantity"])
+    held = set(frame["quantity"].unique())
     layered = [quantity for quantity in _LABELS if quantity in held]
     layers = _layers(_rows(frame, *layered)) if layered else []
     panels: list[Callable[[Axes, pd.DataFrame], None]] = [
@@ -365,13 +365,15 @@ def _rows(frame: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     """The rows of some quantities; what is infinite is left out as what is not a number is."""
     rows = frame[frame["quantity"].isin(quantities)]
     if rows.empty:
-        raise AceError(f"no row of {' or '.join(quantities)}: the frame holds {_listed(set(frame['quantity']))}")
+        raise AceError(
+            f"no row of {' or '.join(quantities)}: the frame holds {_listed(set(frame['quantity'].unique()))}"
+        )
     return rows.assign(value=rows["value"].replace([np.inf, -np.inf], np.nan))
 
 
 def _check_one(frame: pd.DataFrame, *columns: str) -> None:
     """A mean over different tasks means nothing."""
-    values = {column: set(frame[column]) for column in columns if column in frame}
+    values = {column: set(frame[column].unique()) for column in columns if column in frame}
     mixed = [f"{len(names)} {column}s ({_listed(names)})" for column, names in values.items() if len(names) > 1]
     if mixed:
         raise AceError(f"the frame mixes {' and '.join(mixed)}: select the rows of one before plotting")

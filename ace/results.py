@@ -170,9 +170,9 @@ def table(
         The table, ending in a line break.
 
     Raises:
-        AceError: If a column is missing or not numeric, if there is no run, or if a seed appears twice
-            in the same task, model and method: those are runs of different configurations, and their
-            mean would mean nothing.
+        AceError: If the format is unknown, a column is missing or not numeric, there is no run, or a
+            seed appears twice in the same task, model and method: those are runs of different
+            configurations, and their mean would mean nothing.
 
     Example:
         >>> results = pd.DataFrame(
@@ -186,12 +186,13 @@ def table(
         | nbody | egnn  | ace    | 5 | **0.5200 ± 0.0071** |
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    if format not in {"markdown", "latex", "csv"}:
+        raise AceError(f"format {format!r}: give markdown, latex or csv")
     _check_results(results, metrics)
-    grouped = results.assign(
-        **{  # categories in order of appearance sort the groups in that order
-            key: pd.Categorical(results[key], categories=results[key].unique()) for key in _ROW
-        }
-    ).groupby(list(_ROW), observed=True)
+    # categories in order of appearance sort the groups in that order
+    names = {key: pd.Categorical(results[key], categories=results[key].unique()) for key in _ROW}
+    numbers = {metric: results[metric].astype(float) for metric in metrics}  # None, too, is a missing value
+    grouped = results.assign(**names, **numbers).groupby(list(_ROW), observed=True)
     size = grouped.size()
     statistics = {
         metric: pd.DataFrame(
@@ -208,9 +209,7 @@ def table(
         return str(pd.DataFrame({"n": size} | columns).reset_index().to_csv(index=False, lineterminator="\n"))
 
     cell, text = (_markdown_cell, _markdown_text) if format == "markdown" else (_latex_cell, _latex_text)
-    rows = [
-        [*(text(str(name)) for name in names), str(count)] for *names, count in size.reset_index().to_numpy().tolist()
-    ]
+    rows = [[*(text(str(part)) for part in key), str(count)] for *key, count in size.reset_index().to_numpy().tolist()]
     for statistic in statistics.values():
         values = zip(statistic["mean"], statistic["error"], statistic["n"], _best(statistic, size), strict=True)
         for row, count, (mean, error, n, bold) in zip(rows, size, values, strict=True):
@@ -236,7 +235,8 @@ def _check_results(results: pd.DataFrame, metrics: list[str]) -> None:
         raise AceError(f"no column {', '.join(absent)} among {', '.join(results.columns)}")
     if results.empty:
         raise AceError("no finished run: a table needs at least one")
-    text = [metric for metric in metrics if not pd.api.types.is_numeric_dtype(results[metric])]
+    text = [metric for metric in metrics if not pd.api.types.is_numeric_dtype(results[metric].dropna())]
+    text = [metric for metric in text if results[metric].notna().any()]
     if text:
         raise AceError(f"not numbers: column {', '.join(text)}")
     twice = results[results.duplicated(list(_IDENTITY), keep=False)]

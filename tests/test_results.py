@@ -202,6 +202,7 @@ def test_numbers_of_a_table_are_numpys(columns):
         ([0.0002, 0.0004, 3.0], "1.0 ± 1.0", r"$1.0 \pm 1.0$"),
         ([1.0, float("inf")], "inf", r"$\infty$"),
         ([float("nan")], "– (0 of 1)", "-- (0 of 1)"),
+        ([None, None], "– (0 of 2)", "-- (0 of 2)"),
         ([0.7, 0.8, float("nan")], "0.750 ± 0.050 (2 of 3)", r"$0.750 \pm 0.050$ (2 of 3)"),
     ],
 )
@@ -259,6 +260,8 @@ def test_what_cannot_be_compared_is_refused():
         table(frame, ["test", "other"])
     with pytest.raises(AceError, match="not numbers: column method"):
         table(frame, "method")
+    with pytest.raises(AceError, match="format 'html'"):
+        table(frame, "test", format="html")
     with pytest.raises(AceError, match="no finished run"):
         table(frame[:0], "test")
     twice = pd.concat([frame, frame[1:]]).assign(run=["a", "b", "c"])
@@ -271,10 +274,10 @@ def test_what_cannot_be_compared_is_refused():
 def test_ten_thousand_runs_take_seconds(tmp_path):
     for method, seed in itertools.product(range(100), range(100)):
         write_run(tmp_path, method=f"m{method}", seed=seed, test_shipped=float(seed))
-    start = time.perf_counter()
+    start = time.process_time()
     frame = load_results(tmp_path)
     text = table(frame)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert len(frame) == 10_000
     assert len(text.splitlines()) == 102
-    assert elapsed < 20  # less than 1 s on a quiet machine
+    assert elapsed < 10  # about 1 s on a quiet machine
