@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ace
 from ace import checkpoint
-from ace.errors import AceError, ConfigError, NonFiniteLoss
+from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss
 from ace.history import replace_file
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
@@ -43,6 +43,10 @@ PROBE = 20
 Progress = Callable[[int], None]
 
 
+class RunFailed(AceError):
+    """A run ended with an error, which is kept in its folder."""
+
+
 def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Train, or go on training, one run.
 
@@ -55,8 +59,11 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> di
         The summary, which is also in ``summary.json``. A run that is done is not repeated.
 
     Raises:
-        AceError: The run failed: a non-finite loss, missing data, a full disk, a checkpoint of another
-            configuration. Whatever ends a run is kept with its traceback in ``error.txt``.
+        Locked: Another process is working on the run.
+        ConfigError: An option was set that follows from the data.
+        DataError: The data are missing or damaged.
+        RunFailed: Anything else that ended the run: a non-finite loss, a full disk, a checkpoint of another
+            configuration. As with the two before, the traceback is kept in ``error.txt``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -67,10 +74,12 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> di
         try:
             summary = _Training(config, folder).run(progress)
             replace_file(folder / "summary.json", json.dumps(summary, indent=1).encode())
-        except Exception:
+        except Exception as error:
             # On a full disk this cannot be written either; without it the run still is not done.
             _try_to_write(folder / "error.txt", traceback.format_exc())
-            raise
+            if isinstance(error, ConfigError | DataError):
+                raise
+            raise RunFailed(f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'})") from error
     return summary
 
 

@@ -1,0 +1,270 @@
+"""The ``ace`` command: run benchmark tasks and suites from a checkout, and look at their results."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ace.errors import AceError
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: all runs done; some run failed; wrong command line, configuration or data; interrupted."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train equivariant models through a relaxation that dual ascent removes, and compare with other methods.\n\n"
+    "A run is task × model × method × seed, a suite is a set of runs. Exit codes: 0 all done, 1 some run failed, "
+    "2 wrong command line, configuration or data, 130 interrupted.",
+    epilog="Start with:  ace suite smoke --out results/smoke  &&  ace table results/smoke",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as method=cr, lr=1e-3 or model.hidden=32."),
+]
+Folder = Annotated[Path, typer.Argument(help="A suite's folder, or any folder above or below.")]
+
+
+class Format(StrEnum):
+    """Formats of a table."""
+
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
+def _command(function: Callable[P, R]) -> Callable[P, R]:
+    """Register a command; an error that ace foresaw is one message and an exit code, not a traceback."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end workers whichever way we are ended
+        try:
+            return function(*args, **kwargs)
+        except AceError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(USAGE) from None
+        except KeyboardInterrupt:
+            print("interrupted; the same command resumes", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return app.command()(guarded)
+
+
+def _benchmarks(name: str) -> Any:
+    """Import a module of the benchmarks, which a checkout has and the installed package has not."""
+    try:
+        return importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.split(".")[0] == "benchmarks":
+            raise AceError(
+                "the benchmarks are not part of the installed package: run this in a checkout of the repository, "
+                "after pip install -e '.[bench]'"
+            ) from None
+        raise AceError(f"the benchmarks need {missing}: pip install -e '.[bench]'") from None
+
+
+@_command
+def tasks() -> None:
+    """List the tasks, whether their data are there, and the models and methods to run on them.
+
+    [bold]Example:[/bold]  ace tasks
+    """
+    registry, config = _benchmarks("tasks"), _benchmarks("config")
+    table = Table("task", "models", "data", box=None, pad_edge=False)
+    explanations = []
+    for name, entry in registry.TASKS.items():
+        available, how = entry.available()
+        table.add_row(name, ", ".join(entry.models), "ready" if available else "missing, see below")
+        explanations += [] if available else [f"{name}: {how}"]
+    console = Console(soft_wrap=True)
+    console.print(table)
+    print(f"\nmethods: {', '.join(config.CHOICES['method'])}")
+    for explanation in explanations:
+        print(explanation)
+
+
+@_command
+def run(
+    task: Annotated[str, typer.Argument(help="Name of a task (see ace tasks), or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for the run's own folder.")] = Path("results/runs"),
+) -> None:
+    """Train one run; the same command resumes it, or shows its result when it is done.
+
+    [bold]Examples:[/bold]  ace run nbody method=ace model=egnn seed=0 steps=1000
+
+    ace run mocap-run method=ace-resilient method.rho=0.1 augment=true
+    """
+    config = _benchmarks("config").load_run(task, overrides or ())
+    folder = out / config.folder
+    print(f"{config.label}: {folder}")
+    train = _benchmarks("train")
+    try:
+        with _progress() as progress:
+            bar = progress.add_task(config.label, total=config.steps)
+            summary = train.run(config, folder, lambda step: progress.update(bar, completed=step))
+    except train.RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    for key in ("valid_shipped", "test_shipped", "test_relaxed", "test_restored"):
+        print(f"{key:<19} {summary[key]:.5g}")
+    print(f"{'equivariance_error':<19} {summary['equivariance_error']:.1e}")
+    print(f"{'seconds':<19} {summary['seconds']:.1f}")
+
+
+@_command
+def suite(
+    config: Annotated[str, typer.Argument(help="Name of a suite in configs/suites, or a YAML file.")],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at a time, each a process.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the suite; default results/NAME.")] = None,
+) -> None:
+    """Run a suite; the same command resumes it: what is done is kept, what was interrupted goes on.
+
+    [bold]Example:[/bold]  ace suite configs/suites/quick.yaml --jobs 2 --out results/quick
+    """
+    whole = _benchmarks("config").load_suite(config, overrides or ())
+    module = _benchmarks("suite")
+    folder = out or Path("results") / Path(config).stem
+    runs, left_out = module.prepare(whole, folder)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    before = sum((folder / run.folder / "summary.json").exists() for run in runs)
+    print(f"{len(runs)} runs in {folder}, {before} of them done already")
+    with _progress() as progress:
+        bar = progress.add_task("runs", total=len(runs), completed=before)
+
+        def report(outcome: Any) -> None:
+            progress.advance(bar)
+            done = int(progress.tasks[0].completed)
+            progress.console.print(_line(outcome, done, len(runs)), markup=False, highlight=False)
+
+        outcomes = module.run_suite(runs, folder, jobs, report)
+    unfinished = sum(outcome.status != "done" for outcome in outcomes)
+    if unfinished:
+        print(f"{unfinished} of {len(runs)} runs are not done; the same command retries them", file=sys.stderr)
+        raise typer.Exit(FAILED)
+
+
+@_command
+def status(folder: Folder) -> None:
+    """Show how far each run has come: done, failed, interrupted, running or pending.
+
+    [bold]Example:[/bold]  ace status results/quick
+    """
+    frame = _benchmarks("suite").status(folder)
+    for row in frame.itertuples():
+        print(f"{row.status:<12} {row.run}{'  ' + row.detail if row.detail else ''}")
+    counts = frame["status"].value_counts()
+    print(" · ".join(f"{word} {count}" for word, count in counts.items()) or f"no runs in {folder}")
+    if counts.get("failed", 0):
+        raise typer.Exit(FAILED)
+
+
+@_command
+def table(
+    folder: Folder,
+    format: Annotated[Format, typer.Option(help="Format of the table.")] = Format.markdown,  # noqa: A002
+    metrics: Annotated[str, typer.Option(help="Columns of the summaries, separated by commas.")] = (
+        "test_shipped,test_relaxed,test_restored,equivariance_error,seconds_per_step"
+    ),
+) -> None:
+    """Compare the methods: mean ± standard error over the seeds of the runs that are done.
+
+    [bold]Example:[/bold]  ace table results/quick --format latex --metrics test_shipped,seconds
+    """
+    from ace import results
+
+    frame = results.load_results(folder)
+    print(results.table(frame, metrics.split(","), format.value), end="")
+
+
+@_command
+def plot(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; default FOLDER/figures.")] = None,
+    suffix: Annotated[str, typer.Option(help="Image format: png, pdf or svg.")] = "png",
+) -> None:
+    """Draw the learning curves of each task and model, and the trajectories of each method.
+
+    [bold]Example:[/bold]  ace plot results/quick --out figures
+    """
+    from ace import plotting, results
+
+    frame = results.load_histories(folder)
+    if frame.empty:
+        raise AceError(f"no run in {folder} is done, so there is nothing to plot; see: ace status {folder}")
+    out = out or folder / "figures"
+    out.mkdir(parents=True, exist_ok=True)
+    for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
+        curves = out / f"{task}-{model}-learning-curves.{suffix}"
+        figure: Any = plotting.plot_learning_curves(of_pair).figure
+        figure.savefig(curves)
+        print(curves)
+        for method, of_method in of_pair.groupby("method", observed=True):
+            path = out / f"{task}-{model}-{method}.{suffix}"
+            plotting.plot_trajectories(of_method, path)
+            print(path)
+
+
+@_command
+def data(
+    name: Annotated[str, typer.Argument(help="Which data: mocap.")],
+) -> None:
+    """Download the data of a task and verify their checksum; other tasks generate theirs.
+
+    [bold]Example:[/bold]  ace data mocap
+    """
+    if name != "mocap":
+        raise AceError(f"no data called {name!r} to download; there is: mocap")
+    print(_benchmarks("data").download_motion())
+
+
+def _progress() -> Progress:
+    """Return a progress bar, which shows in a terminal only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not sys.stdout.isatty(),
+    )
+
+
+def _line(outcome: Any, done: int, total: int) -> str:
+    """Describe the outcome of a run in one line."""
+    start = f"[{done:>{len(str(total))}}/{total}] {outcome.config.label:<40} {outcome.status:<11}"
+    if outcome.status != "done":
+        return f"{start} {outcome.detail}"
+    summary = json.loads((outcome.folder / "summary.json").read_bytes())
+    return f"{start} test {summary['test_shipped']:.4g}  {outcome.seconds:.0f} s"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
