@@ -53,6 +53,8 @@ NAME = "relaxation"
 """Name of the child module that a relaxed layer gets."""
 POSITIONS = "relaxation_positions"
 """Name of the child module that the whole model gets where terms read the positions."""
+SMALLEST_RATIO = 1e-6
+"""Least ‖f_neq‖/‖f_eq‖ of a row that ``normalize`` still scales up fully."""
 
 
 class Relaxation(nn.Module):
@@ -111,10 +113,14 @@ class Relaxation(nn.Module):
         if self.normalize:
             norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
             size = torch.linalg.vector_norm(output.detach(), dim=-1, keepdim=True)
-            change = change * (size / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+            # a row of zeros has no direction: there the factor stays finite
+            change = change * (size / torch.maximum(norm, SMALLEST_RATIO * size + torch.finfo(norm.dtype).tiny))
         if self.sizes is not None:
             # ‖f_neq‖² without γ, so that the derivative with respect to γ is known even at γ = 0
-            self.sizes.append((change.float().square().sum(), output.detach().float().square().sum(), output.numel()))
+            exact = torch.promote_types(output.dtype, torch.float32)
+            self.sizes.append(
+                (change.to(exact).square().sum(), output.detach().to(exact).square().sum(), output.numel())
+            )
         return output + (self.gamma * change).to(output.dtype)
 
     def retire(self) -> None:
@@ -154,7 +160,7 @@ def relax(
         term: The map inside a term: ``"linear"``, ``"mlp"``, ``"spectral"`` (linear, operator norm 1), or a
             function (features in, features out) -> module.
         normalize: Scale each row of f_neq to the size of f_eq's row, so that γ is the relative norm of the
-            relaxation and a tolerance on it means something.
+            relaxation and a tolerance on it means something. (A row of f_neq below 1e-6 of f_eq's stays smaller.)
         positions: Positions as a second input of the terms: an argument index or keyword of the model, an
             attribute of its input, or a function of its inputs that returns a tensor of shape (rows, d). For
             layers that see only invariant features. Needs ``example``.
@@ -194,6 +200,9 @@ def relax(
         factory: TermFactory = registered_factory(layer) or generic_term
         if isinstance(layer, torch.jit.ScriptModule):
             problems.append(f"{path}: a scripted module takes no hooks; relax before scripting")
+            continue
+        if hasattr(layer, NAME):
+            problems.append(f"{path or '(root)'} ({type(layer).__name__}): it has an attribute {NAME!r} of its own")
             continue
         try:
             terms[path] = factory(Site(path, layer, calls.get(path), make, captured))
@@ -304,10 +313,9 @@ def restore(relaxed: Model, example: Any = None, recalibrate: Iterable[Any] | No
     largest = attached[worst].gamma.abs().item()
     gap = projection_gap(relaxed, example) if example is not None else (0.0 if largest == 0.0 else None)
     for layer in list(relaxed.modules()):
-        if isinstance(getattr(layer, NAME, None), Relaxation):
-            _detach(layer, NAME)
-    if isinstance(getattr(relaxed, POSITIONS, None), Positions):
-        _detach(relaxed, POSITIONS)
+        for name, kind in ((NAME, Relaxation), (POSITIONS, Positions)):
+            if isinstance(layer._modules.get(name), kind):
+                _detach(layer, name)
     measured = "not measured (pass example= to measure it)" if gap is None else f"{gap:.3g}"
     logger.info("restored %d layers: max |γ| %.3g, projection gap %s", len(attached), largest, measured)
     if largest > 0.0:
@@ -369,7 +377,8 @@ def base_state_dict(relaxed: nn.Module) -> dict[str, Tensor]:
         >>> list(ace.base_state_dict(relaxed))
         ['weight', 'bias']
     """
-    return {key: value for key, value in relaxed.state_dict().items() if NAME not in key.split(".")}
+    ours = tuple(f"{path}." for path, module in relaxed.named_modules() if isinstance(module, Relaxation))
+    return {key: value for key, value in relaxed.state_dict().items() if not key.startswith(ours)}
 
 
 @dataclass(frozen=True)
@@ -439,7 +448,7 @@ def summary(relaxed: nn.Module, example: Any = None) -> Summary:
                 relaxation.gamma.abs().item() * (neq / eq).sqrt().item() if eq else None
                 for relaxation, (neq, eq, _) in zip(attached.values(), sizes(), strict=True)
             ]
-    parents = {id(layer.get_submodule(NAME)): layer for layer in relaxed.modules() if hasattr(layer, NAME)}
+    parents = {id(layer._modules.get(NAME)): layer for layer in relaxed.modules()}
     return Summary(
         LayerStatus(
             path or "(root)",
@@ -511,8 +520,8 @@ def _not_called(paths: list[str]) -> str:
 
 def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> dict[str, nn.Module]:
     known = registered_types()
-    picks = _matcher(known if layers is None else layers)
-    spared = _matcher(exclude) if exclude is not None else lambda path, module: False
+    picks = _matcher(known if layers is None else layers, "layers")
+    spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
     chosen = {
         path: module for path, module in model.named_modules() if picks(path, module) and not spared(path, module)
     }
@@ -542,12 +551,20 @@ def _types(layers: Layers) -> tuple[type[nn.Module], ...]:
     return (layers,) if isinstance(layers, type) else ()
 
 
-def _matcher(layers: Layers) -> Callable[[str, nn.Module], bool]:
+def _matcher(layers: Layers, argument: str) -> Callable[[str, nn.Module], bool]:
     if isinstance(layers, str):
-        pattern = re.compile(layers)
+        try:
+            pattern = re.compile(layers)
+        except re.error as problem:
+            raise AceError(f"{argument}={layers!r} is no regular expression: {problem}") from problem
         return lambda path, module: pattern.search(path) is not None
-    if isinstance(layers, type | tuple):
+    if isinstance(layers, type) or (isinstance(layers, tuple) and all(isinstance(kind, type) for kind in layers)):
         return lambda path, module: isinstance(module, layers)
+    if not callable(layers):
+        raise AceError(
+            f"{argument}={layers!r}: pass a type, a tuple of types, a regular expression, or a function of path and "
+            "module"
+        )
     return layers
 
 
@@ -646,12 +663,14 @@ def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
-        for count, batch in enumerate(batches, start=1):
-            for norm in norms:
-                norm.momentum = 1.0 / count  # type: ignore[assignment]
-            call(model, batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        try:
+            for count, batch in enumerate(batches, start=1):
+                for norm in norms:
+                    norm.momentum = 1.0 / count  # type: ignore[assignment]
+                call(model, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _flatten(output: Any) -> Tensor:
