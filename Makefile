@@ -25,6 +25,7 @@ demo: $(READY) ## Main job: build the data, train, print one table, draw the tra
 	$(BIN)/ace suite configs/suites/demo.yaml --jobs 2 --out results/demo
 	$(BIN)/ace table results/demo
 	$(BIN)/ace plot results/demo
+	@echo "Every run (configuration, history, checkpoint, summary) is in results/demo, the figures in results/demo/figures."
 
 test: $(READY) ## Run the tests and the examples in the docstrings, except the slow ones
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules ace benchmarks tests
@@ -44,8 +45,8 @@ docs: $(READY) ## Build the documentation into docs/_build, warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 bench: $(READY) ## Run the benchmark suite of the results page (hours; the same command resumes)
-	$(BIN)/ace suite configs/suites/paper.yaml --jobs 2 --out results/paper
-	$(BIN)/ace table results/paper
+	$(BIN)/ace suite configs/suites/results.yaml --jobs 2 --out results/results
+	$(BIN)/ace table results/results
 
 clean: ## Remove .venv, caches and built documentation; results and data stay
 	rm -rf .venv docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

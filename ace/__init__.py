@@ -2,6 +2,9 @@
 
 from ace import checkpoint
 from ace.constraints import Bounded, Exact, Resilient
+from ace.groups import E3, O3, SO2, SO3, Cyclic, Dihedral, Permutations
+from ace.history import History
+from ace.metrics import ErrorReport, equivariance_error, lie_derivative
 from ace.problem import PrimalDual, Problem
 from ace.relaxation import (
     Relaxation,
@@ -14,5 +17,34 @@ from ace.relaxation import (
     summary,
 )
 from ace.terms import register_term
+
+__all__ = [
+    "E3",
+    "O3",
+    "SO2",
+    "SO3",
+    "Bounded",
+    "Cyclic",
+    "Dihedral",
+    "ErrorReport",
+    "Exact",
+    "History",
+    "Permutations",
+    "PrimalDual",
+    "Problem",
+    "Relaxation",
+    "Resilient",
+    "base_state_dict",
+    "checkpoint",
+    "equivariance_error",
+    "lie_derivative",
+    "projection_gap",
+    "register_term",
+    "relax",
+    "relaxations",
+    "restore",
+    "restored",
+    "summary",
+]
 
 __version__ = "0.1.0"

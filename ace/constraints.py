@@ -95,8 +95,8 @@ class Bounded(Constraint):
 class Resilient(Constraint):
     r"""The relaxation is paid for: :math:`|\gamma_i| r_i \le u_i` at the price :math:`\tfrac{\rho}{2}\|u\|^2`.
 
-    Algorithm 2 of the ACE paper. At the solution u_i = |γ_i| r_i = λ_i/ρ: the problem is ridge regression on
-    the relaxation, and λ_i/ρ is the asymmetry that the data ask of layer i.
+    Algorithm 2 of the ACE paper. At the solution :math:`u_i = |\gamma_i| r_i = \lambda_i/\rho`: the problem is
+    ridge regression on the relaxation, and λ_i/ρ is the asymmetry that the data ask of layer i.
 
     Args:
         rho: The price ρ, in units of the loss.
