@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.models import MODELS
 from benchmarks.models.egnn import EGNN, EGNNLayer
 from benchmarks.models.egno import EGNO, EGNOLayer, TemporalConv
-from benchmarks.models.segnn import SEGNN, EdgeTensorProduct, SEGNNLayer, irreps, steerable
+from benchmarks.models.segnn import SEGNN, EdgeTensorProduct, Gate, SEGNNLayer, irreps, steerable
 
 CASES = {
     "egnn": {"hidden": 8, "layers": 3},
@@ -176,7 +176,9 @@ def test_egnn_layer_is_its_equations_edge_by_edge():
 def fully_connected(product: EdgeTensorProduct, edge_scalars: int) -> o3.FullyConnectedTensorProduct:
     """e3nn's tensor product with the weights of ours."""
     m, n = product.multiplicity, 2 * product.multiplicity
-    reference = o3.FullyConnectedTensorProduct(irreps(n + edge_scalars, n), "1x0e+1x1o", irreps(2 * m, m)).double()
+    reference = o3.FullyConnectedTensorProduct(
+        irreps(n + edge_scalars, n), "1x0e+1x1o", irreps(2 * m, m), path_normalization="none"
+    ).double()
     w_s, w_v = product.scalar_weight.T[:, None], product.vector_weight.T[:, None]
     blocks = {
         (0, 0, 0): w_s[..., : 2 * m],
@@ -217,28 +219,32 @@ def test_segnn_layer_is_its_equations_edge_by_edge():
     torch.manual_seed(3)
     m, inputs = 3, graphs([4, 3], 4)
     layer = SEGNNLayer(m, edge_scalars=1).double()
+    for module in layer.modules():
+        if isinstance(module, Gate):
+            module.bias.normal_()
     reference = fully_connected(layer.message_in, 1)
     f = torch.randn(7, 4 * m, dtype=torch.float64)
     edges, scalars = inputs["edge_index"], inputs["edge_attr"]
     edge_attribute = steerable(torch.randn(edges.shape[1], 3, dtype=torch.float64))
     node_attribute = steerable(torch.randn(7, 3, dtype=torch.float64))
 
-    def gate(x: Tensor) -> Tensor:
-        silu = torch.nn.functional.silu(x[:, :m]) * layer.gate.scalar.cst
-        sigmoid = torch.sigmoid(x[:, m : 2 * m]) * layer.gate.gate.cst
+    def gate(module: Gate, x: Tensor) -> Tensor:
+        silu = torch.nn.functional.silu(x[:, :m] + module.bias[:m]) * module.scalar.cst
+        sigmoid = torch.sigmoid(x[:, m : 2 * m] + module.bias[m:]) * module.gate.cst
         vectors = [sigmoid[:, [k]] * x[:, 2 * m + 3 * k : 2 * m + 3 * k + 3] for k in range(m)]
         return torch.cat((silu, *vectors), 1)
 
     collected = torch.zeros_like(f)
     for e, (j, i) in enumerate(edges.T.tolist()):
         attribute = edge_attribute[e, None]
-        message = gate(reference(joined(m, f[i], f[j], scalars[e])[None], attribute))
-        collected[i] += gate(layer.message_out(message, attribute))[0]
+        message = gate(layer.message_in_gate, reference(joined(m, f[i], f[j], scalars[e])[None], attribute))
+        collected[i] += gate(layer.message_out_gate, layer.message_out(message, attribute))[0]
     expected = f.clone()
     for i in range(7):
         both = joined(m, f[i], collected[i], scalars.new_empty(0))[None]
         attribute = node_attribute[i, None]
-        expected[i] += layer.update_out(gate(layer.update_in(both, attribute)), attribute)[0]
+        updated = gate(layer.update_gate, layer.update_in(both, attribute))
+        expected[i] += layer.update_out(updated, attribute)[0]
     assert_equal(layer(f, node_attribute, edges, edge_attribute, scalars), expected, 1e-12)
 
 

@@ -35,7 +35,8 @@ def steerable(vectors: Tensor) -> Tensor:
 class Gate(nn.Module):
     """SiLU on scalars; vectors are multiplied by the sigmoid of as many further scalars.
 
-    Both functions are scaled to keep the second moment of a normal input, as in e3nn.
+    A bias is added to all scalars first, since tensor products have none. Both functions are scaled
+    to keep the second moment of a normal input, as in e3nn.
 
     Args:
         multiplicity: Number m of scalars and of vectors.
@@ -48,13 +49,15 @@ class Gate(nn.Module):
     def __init__(self, multiplicity: int) -> None:
         super().__init__()
         self.multiplicity = multiplicity
+        self.bias = nn.Parameter(torch.zeros(2 * multiplicity))
         self.scalar = normalize2mom(torch.nn.functional.silu)
         self.gate = normalize2mom(torch.sigmoid)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map irreps (2m)x0e+(m)x1o to (m)x0e+(m)x1o; shape (..., 5m) to (..., 4m)."""
         m = self.multiplicity
-        scalars, gates, vectors = features.split((m, m, 3 * m), -1)
+        scalars, vectors = features.split((2 * m, 3 * m), -1)
+        scalars, gates = (scalars + self.bias).split(m, -1)
         gated = vectors.unflatten(-1, (m, 3)) * self.gate(gates).unsqueeze(-1)
         return torch.cat((self.scalar(scalars), gated.flatten(-2)), -1)
 
@@ -62,13 +65,12 @@ class Gate(nn.Module):
 class EdgeTensorProduct(nn.Module):
     """Fully connected tensor product of (f_i, f_j, e_ij) with the attribute of the edge from j to i.
 
-    With s the scalars and v the vectors of the concatenated features, n of both together, and
-    (1, a) the attribute::
+    With s the scalars and v the vectors of the concatenated features and (1, a) the attribute::
 
-        scalars out:  (W_00 s + W_11 v · a / √3) / √n        vectors out:  (W_01 s a + W_10 v) / √n
+        scalars out:  W_00 s + W_11 v · a / √3        vectors out:  W_01 s a + W_10 v
 
-    This is ``o3.FullyConnectedTensorProduct``, its normalisation included, at a fraction of the
-    cost: the weights act before the features are gathered, and a graph has fewer nodes than edges.
+    This is `tensor_product` at a fraction of the cost: the weights act before the features are
+    gathered, and a graph has fewer nodes than edges.
 
     Args:
         multiplicity: Number m of scalars and of vectors per node.
@@ -85,9 +87,9 @@ class EdgeTensorProduct(nn.Module):
         super().__init__()
         m = self.multiplicity = multiplicity
         # Columns: inputs of node i, of node j, of the edge. Rows: 2m scalars out, then m vectors out.
-        self.scalar_weight = nn.Parameter(torch.randn(3 * m, 2 * m + edge_scalars))
-        self.vector_weight = nn.Parameter(torch.randn(3 * m, 2 * m))
-        self.scale = 1 / math.sqrt(4 * m + edge_scalars)
+        bound = 1 / math.sqrt(4 * m + edge_scalars)
+        self.scalar_weight = nn.Parameter(torch.empty(3 * m, 2 * m + edge_scalars).uniform_(-bound, bound))
+        self.vector_weight = nn.Parameter(torch.empty(3 * m, 2 * m).uniform_(-bound, bound))
 
     def forward(self, features: Tensor, edge_scalars: Tensor, edge_index: Tensor, attribute: Tensor) -> Tensor:
         """Contract.
@@ -116,7 +118,7 @@ class EdgeTensorProduct(nn.Module):
         a = attribute[:, 1:, None]
         scalars = s[:, : 2 * m] + (a * dotted).sum(1) / math.sqrt(3)
         vectors = a * s[:, None, 2 * m :] + passed
-        return self.scale * torch.cat((scalars, vectors.transpose(1, 2).flatten(1)), 1)
+        return torch.cat((scalars, vectors.transpose(1, 2).flatten(1)), 1)
 
 
 class SEGNNLayer(nn.Module):
@@ -135,13 +137,12 @@ class SEGNNLayer(nn.Module):
 
     def __init__(self, multiplicity: int, edge_scalars: int) -> None:
         super().__init__()
-        hidden, gated = irreps(multiplicity), irreps(2 * multiplicity, multiplicity)
-        self.multiplicity = multiplicity
-        self.gate = Gate(multiplicity)
-        self.message_in = EdgeTensorProduct(multiplicity, edge_scalars)
-        self.message_out = o3.FullyConnectedTensorProduct(hidden, ATTRIBUTE, gated)
-        self.update_in = o3.FullyConnectedTensorProduct(irreps(2 * multiplicity), ATTRIBUTE, gated)
-        self.update_out = o3.FullyConnectedTensorProduct(hidden, ATTRIBUTE, hidden)
+        m = self.multiplicity = multiplicity
+        hidden, gated = irreps(m), irreps(2 * m, m)
+        self.message_in, self.message_in_gate = EdgeTensorProduct(m, edge_scalars), Gate(m)
+        self.message_out, self.message_out_gate = tensor_product(hidden, gated), Gate(m)
+        self.update_in, self.update_gate = tensor_product(irreps(2 * m), gated), Gate(m)
+        self.update_out = tensor_product(hidden, hidden, gain=0.1)
 
     def forward(
         self,
@@ -164,12 +165,14 @@ class SEGNNLayer(nn.Module):
             Irreps (m)x0e+(m)x1o, shape (N, 4m).
         """
         m = self.multiplicity
-        message = self.gate(self.message_in(features, edge_scalars, edge_index, edge_attribute))
-        message = self.gate(self.message_out(message, edge_attribute))
+        message = self.message_in(features, edge_scalars, edge_index, edge_attribute)
+        message = self.message_out(self.message_in_gate(message), edge_attribute)
+        message = self.message_out_gate(message)
         collected = sum_by_target(message, edge_index[1], len(features))
         scalars, vectors = zip(features.split((m, 3 * m), 1), collected.split((m, 3 * m), 1), strict=True)
         both = torch.cat((*scalars, *vectors), 1)
-        return features + self.update_out(self.gate(self.update_in(both, node_attribute)), node_attribute)
+        updated = self.update_gate(self.update_in(both, node_attribute))
+        return features + self.update_out(updated, node_attribute)
 
 
 class SEGNN(nn.Module):
@@ -196,12 +199,10 @@ class SEGNN(nn.Module):
     def __init__(self, node_features: int, edge_features: int, features: int = 64, layers: int = 4) -> None:
         super().__init__()
         m = features // 2
-        product = o3.FullyConnectedTensorProduct
-        self.embed = product(irreps(node_features, 2), ATTRIBUTE, irreps(m))
+        self.embed = tensor_product(irreps(node_features, 2), irreps(m))
         self.layers = nn.ModuleList(SEGNNLayer(m, 1 + edge_features) for _ in range(layers))
-        self.readout_in = product(irreps(m), ATTRIBUTE, irreps(2 * m, m))
-        self.gate = Gate(m)
-        self.readout_out = product(irreps(m), ATTRIBUTE, "1x1o")
+        self.readout_in, self.readout_gate = tensor_product(irreps(m), irreps(2 * m, m)), Gate(m)
+        self.readout_out = tensor_product(irreps(m), o3.Irreps("1x1o"), gain=0.1)
 
     def forward(
         self, pos: Tensor, vel: Tensor, h: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor
@@ -231,7 +232,7 @@ class SEGNN(nn.Module):
         features = self.embed(torch.cat((h, pos - centroid(pos, batch), vel), 1), node_attribute)
         for layer in self.layers:
             features = layer(features, node_attribute, edge_index, edge_attribute, edge_scalars)
-        features = self.gate(self.readout_in(features, node_attribute))
+        features = self.readout_gate(self.readout_in(features, node_attribute))
         return pos + self.readout_out(features, node_attribute)
 
 
@@ -243,3 +244,16 @@ def irreps(scalars: int, vectors: int | None = None) -> o3.Irreps:
         2x0e+2x1o
     """
     return o3.Irreps([(scalars, "0e"), (scalars if vectors is None else vectors, "1o")])
+
+
+def tensor_product(irreps_in: o3.Irreps, irreps_out: o3.Irreps, gain: float = 1.0) -> nn.Module:
+    """Fully connected tensor product with `ATTRIBUTE`, weights uniform in ±gain/√fan-in.
+
+    The fan-in is in the weights, as in ``torch.nn.Linear``, and not in a factor beside normal weights,
+    which would slow Adam down by its root. Sums over neighbours make features grow: a gain of 0.1 where
+    something is added to features or positions lets layers start close to the identity.
+    """
+    product = o3.FullyConnectedTensorProduct(irreps_in, ATTRIBUTE, irreps_out, path_normalization="none")
+    bound = gain / math.sqrt(irreps_in.num_irreps)
+    nn.init.uniform_(product.weight, -bound, bound)
+    return product

@@ -160,11 +160,6 @@ class NBody(Task):
     Raises:
         ConfigError: A size below 1, or an unknown clip.
         DataError: The cached file is damaged.
-
-    Example:
-        >>> task = NBody(train=2, valid=1, test=1)  # doctest: +SKIP
-        >>> task.example()["pos"].shape  # doctest: +SKIP
-        torch.Size([10, 3])
     """
 
     def __init__(
