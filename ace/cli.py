@@ -38,7 +38,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as method=cr, lr=1e-3 or model.hidden=32."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings, such as method=cr, lr=1e-3 or model.hidden=32."),
 ]
 Folder = Annotated[Path, typer.Argument(help="A suite's folder, or any folder above or below.")]
 
@@ -51,6 +51,14 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Image(StrEnum):
+    """Formats of a figure."""
+
+    png = "png"
+    pdf = "pdf"
+    svg = "svg"
+
+
 def _command(function: Callable[P, R]) -> Callable[P, R]:
     """Register a command; an error that ace foresaw is one message and an exit code, not a traceback."""
 
@@ -59,7 +67,7 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end workers whichever way we are ended
         try:
             return function(*args, **kwargs)
-        except AceError as error:
+        except (AceError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(USAGE) from None
         except KeyboardInterrupt:
@@ -203,7 +211,7 @@ def table(
 def plot(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default FOLDER/figures.")] = None,
-    suffix: Annotated[str, typer.Option(help="Image format: png, pdf or svg.")] = "png",
+    suffix: Annotated[Image, typer.Option(help="Format of the images.")] = Image.png,
 ) -> None:
     """Draw the learning curves of each task and model, and the trajectories of each method.
 
@@ -216,11 +224,16 @@ def plot(
         raise AceError(f"no run in {folder} is done, so there is nothing to plot; see: ace status {folder}")
     out = out or folder / "figures"
     out.mkdir(parents=True, exist_ok=True)
+    comparisons = {
+        "learning-curves": plotting.plot_learning_curves,
+        "equivariance-error": plotting.plot_equivariance_error,
+    }
     for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
-        curves = out / f"{task}-{model}-learning-curves.{suffix}"
-        figure: Any = plotting.plot_learning_curves(of_pair).figure
-        figure.savefig(curves)
-        print(curves)
+        for name, draw in comparisons.items():
+            path = out / f"{task}-{model}-{name}.{suffix}"
+            figure: Any = draw(of_pair).figure
+            figure.savefig(path)
+            print(path)
         for method, of_method in of_pair.groupby("method", observed=True):
             path = out / f"{task}-{model}-{method}.{suffix}"
             plotting.plot_trajectories(of_method, path)
