@@ -40,10 +40,12 @@ from ace.relaxation import Relaxation, check_called, measuring, relaxations
 
 Form = Literal["proximal", "augmented", "paper"]
 
-DUAL_RATE = 10.0
-"""κ_d: the dual rate times the planned steps, in the proximal and the augmented form."""
-PRIMAL_RATE = 20.0
+DUAL_RATE = 2.0
+"""κ_d: the dual rate times the planned steps, in the proximal form."""
+PRIMAL_RATE = 50.0
 """κ_γ: the rate of γ times the planned steps, in the proximal form."""
+AUGMENTED_RATE = 10.0
+"""Dual rate of the augmented form times the planned steps, in units of the penalty."""
 RESILIENT_RATE = 40.0
 """Dual rate of the resilient constraint times the planned steps, in units of ρ."""
 
@@ -227,14 +229,19 @@ class PrimalDual(ConstrainedOptimizer):
     .. math::
 
         \lambda_i &\leftarrow \Big[\lambda_i + \tfrac{\kappa_d}{H - t}\, s_i\, v_i / r_i^2\Big]_+,
-        \qquad \kappa_d = 10 \\
+        \qquad \kappa_d = 2 \\
         \theta &\leftarrow \text{primal optimizer on } J \\
-        \gamma_i &\leftarrow \mathrm{soft}\big(\gamma_i - \tfrac{\kappa_\gamma}{T} g_i / s_i,\;
-        \tfrac{\kappa_\gamma}{T} \lambda_i r_i / s_i\big), \qquad \kappa_\gamma = 20
+        \gamma_i &\leftarrow \mathrm{soft}\big(\gamma_i - \tfrac{\kappa_\gamma}{T} \mathrm{clip}(g_i / s_i, -1, 1),\;
+        \tfrac{\kappa_\gamma}{T} \lambda_i r_i / s_i\big), \qquad \kappa_\gamma = 50
 
-    With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition |E g_i| ≤ λ_i r_i; those left
-    are retired for the last ``polish`` share of the steps, in which the restored model trains alone. With
-    ``Resilient`` the slack is eliminated: :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`.
+    λ_i is carried along when s_i changes, so λ_i/s_i does not fall. Where the gradient is noise around 0 a term is
+    let go after about π/(2√(κ_d κ_γ)) = 0.16 of H; where its sign is certain, λ_i/s_i must reach 1 first, half of H
+    later: the path depends on what the data say, on no rate to be set.
+
+    With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition
+    :math:`|\mathrm{E}\,g_i| \le \lambda_i r_i`; those left are retired for the last ``polish`` share of the steps, in
+    which the restored model trains alone. With ``Resilient`` the slack is eliminated and λ_i stays in units of the
+    loss: :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`.
 
     ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
     10c/T, which is critically damped for every c and T.
@@ -292,7 +299,7 @@ class PrimalDual(ConstrainedOptimizer):
         preset: Literal["paper"] | None = None,
         dual_lr: float | None = None,
         penalty: float = 1.0,
-        polish: float = 0.1,
+        polish: float = 0.2,
         clip: float | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
@@ -332,9 +339,10 @@ class PrimalDual(ConstrainedOptimizer):
             return [primal], dual
         _take_out(primal, problem.gammas)
         if problem.form == "augmented":
-            gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * DUAL_RATE / (penalty * steps))
-            return [primal, gammas], torch.optim.SGD([multiplier], lr=DUAL_RATE * penalty / steps, maximize=True)
-        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps)
+            gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * AUGMENTED_RATE / (penalty * steps))
+            return [primal, gammas], torch.optim.SGD([multiplier], lr=AUGMENTED_RATE * penalty / steps, maximize=True)
+        priced = isinstance(problem.constraint, Resilient)  # ρ is in units of the loss, so λ must be
+        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=not priced)
         if isinstance(problem.constraint, Resilient):
             rho = problem.constraint.rho
             rate = min(RESILIENT_RATE / steps, 1.0) * rho
@@ -401,13 +409,13 @@ class PrimalDual(ConstrainedOptimizer):
         """Ascend on the multipliers, in units of the gradient of γ where the form is proximal."""
         constraint, weight = self.cmp.constraint, self.cmp.multiplier
         gradient = cast("Tensor", weight.grad)
-        violation = gradient.clone()
         if self.cmp.form == "proximal" and not isinstance(constraint, Resilient):
             left = max(math.floor((1 - self.polish) * self.steps) - self.step, 1)
             gradient.mul_(self._proximal.scale / (left * self._units() ** 2))
         super().dual_step()
-        if isinstance(constraint, Bounded) and constraint.deterministic:
-            weight.masked_fill_(violation < 0, 0.0)  # no wind-up: a slack constraint has no multiplier
+        if isinstance(constraint, Bounded):
+            # no wind-up: a multiplier that holds γ at 0, well inside of its bound, is too large
+            weight.masked_fill_(torch.cat(tuple(self.cmp.gammas)) == 0, 0.0)
 
     @torch.no_grad()
     def primal_step(self) -> None:

@@ -1,15 +1,16 @@
 r"""The primal step on γ in the proximal form: gradient step, then soft threshold by the multiplier.
 
-With g_i = ∂J/∂γ_i and s_i its running root mean square, T planned steps and κ_γ = 20,
+With g_i = ∂J/∂γ_i, s_i its running root mean square, T planned steps and κ_γ = 50,
 
 .. math::
 
-    \gamma_i \leftarrow \mathrm{soft}\!\left(\gamma_i - \frac{\kappa_\gamma}{T}\frac{g_i}{s_i},\;
-    \frac{\kappa_\gamma}{T}\frac{\lambda_i r_i}{s_i}\right),\qquad
-    \mathrm{soft}(x, w) = \mathrm{sign}(x)\,[\,|x| - w\,]_+ ,
+    \gamma_i \leftarrow \mathrm{soft}\!\left(\gamma_i - \frac{\kappa_\gamma}{T}\,
+    \mathrm{clip}\Big(\frac{g_i}{s_i}, -1, 1\Big),\; \frac{\kappa_\gamma}{T}\frac{\lambda_i r_i}{s_i}\right),\qquad
+    \mathrm{soft}(x, w) = \mathrm{sign}(x)\,\min\big([\,|x| - w\,]_+, 1\big) ,
 
-the proximal step of the exact penalty λ_i r_i |γ_i|. Dividing by s_i makes the path independent of the units of
-the loss; by the theory of exact penalties a finite λ_i gives γ_i = 0 exactly.
+the proximal step of the exact penalty λ_i r_i |γ_i|: a finite λ_i gives γ_i = 0 exactly. Dividing by s_i makes the
+path independent of the units of the loss, and the clip keeps one bad batch from moving γ far. |γ| stays below 1, its
+value at the start: (γ, W) and (cγ, W/c) are the same function, so a larger γ would buy nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ class ProximalGradient(torch.optim.Optimizer):
 
     Args:
         gammas: The γ of each layer, parameters of shape (1,).
-        multiplier: The multipliers λ, shape (layers,); read at each step.
+        multiplier: The multipliers λ, shape (layers,).
         lr: κ_γ/T.
         decay: Decay of the running averages of the gradient and of its square.
+        carry: Whether λ_i is carried along when the unit s_i of the gradient changes, so that λ_i/s_i stays what dual
+            ascent made it. The gradients of a loss fall by orders of magnitude in training; a multiplier in the
+            units of its first steps would only reflect those.
 
     Example:
         >>> gamma = nn.Parameter(torch.ones(1))
@@ -41,9 +45,12 @@ class ProximalGradient(torch.optim.Optimizer):
         0.5
     """
 
-    def __init__(self, gammas: Sequence[nn.Parameter], multiplier: Tensor, lr: float, decay: float = 0.99) -> None:
+    def __init__(
+        self, gammas: Sequence[nn.Parameter], multiplier: Tensor, lr: float, decay: float = 0.99, carry: bool = False
+    ) -> None:
         super().__init__(list(gammas), {"lr": lr, "decay": decay})
         self.multiplier = multiplier
+        self.carry = carry
         self.units: Tensor | float = 1.0
         first = self._gammas[0]
         size = torch.zeros(len(gammas), dtype=first.dtype, device=first.device)
@@ -77,10 +84,14 @@ class ProximalGradient(torch.optim.Optimizer):
         group, gammas = self.param_groups[0], self._gammas
         state: dict[str, Any] = self.state[gammas[0]]
         gradient = torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in gammas])
+        before = self.scale
         state["step"] += 1
         state["mean"].lerp_(gradient, 1 - group["decay"])
         state["square"].lerp_(gradient.square(), 1 - group["decay"])
-        rate = group["lr"] / self.scale
-        moved = torch.cat(list(gammas)) - rate * gradient
-        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp_min(0.0)
+        scale = self.scale
+        if self.carry:
+            self.multiplier.mul_(scale / before)
+        rate = group["lr"] / scale
+        moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-scale, scale)
+        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp(0.0, 1.0)
         torch._foreach_copy_(list(gammas), list(new.split(1)))

@@ -165,12 +165,26 @@ class DenseTerm(nn.Module):
         return {write.key: part for write, part in zip(self.writes, parts, strict=True)}
 
 
+START = 0.1
+"""Size of the last layer of a linear or MLP term at the start, relative to PyTorch's initialisation: the relaxed model
+starts near the plain one, so that γ is judged by what the term learns and not by random weights."""
+
+
+def linear(features_in: int, features_out: int) -> nn.Linear:
+    """Return a dense layer that starts small."""
+    layer = nn.Linear(features_in, features_out)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(START)
+    return layer
+
+
 class MLP(nn.Sequential):
-    """Two dense layers with a SiLU between them; the hidden width is the larger of input and output."""
+    """Two dense layers with a SiLU between them, the second small; hidden width is the larger of input and output."""
 
     def __init__(self, features_in: int, features_out: int) -> None:
         hidden = max(features_in, features_out)
-        super().__init__(nn.Linear(features_in, hidden), nn.SiLU(), nn.Linear(hidden, features_out))
+        super().__init__(nn.Linear(features_in, hidden), nn.SiLU(), linear(hidden, features_out))
 
 
 class SpectralLinear(nn.Linear):
@@ -202,7 +216,7 @@ class SpectralLinear(nn.Linear):
         return nn.functional.linear(input, self.weight / sigma, self.bias)
 
 
-MAPS: dict[str, Make] = {"linear": nn.Linear, "mlp": MLP, "spectral": SpectralLinear}
+MAPS: dict[str, Make] = {"linear": linear, "mlp": MLP, "spectral": SpectralLinear}
 """The maps that ``relax(term=...)`` knows by name."""
 
 
