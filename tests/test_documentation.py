@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import shlex
@@ -17,7 +18,7 @@ import torch
 import ace
 import ace.plotting
 import ace.results
-from ace import cli
+from ace import cli, problem, terms
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -141,6 +142,20 @@ def test_the_settings_in_the_pages_are_those_of_a_run() -> None:
     table = re.search(r"^\| key \|.*?\n\n", CLI_PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[0]
     keys = {word for row in table.strip().splitlines() for word in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert keys == set(RunConfig.model_fields)
+
+
+def test_the_method_page_has_the_rates_of_the_code() -> None:
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    polish = inspect.signature(ace.PrimalDual).parameters["polish"].default
+    for fact in (
+        rf"$\kappa_d = {problem.DUAL_RATE:g}$, $\kappa_\gamma = {problem.PRIMAL_RATE:g}$",
+        f"the last {100 * polish:g} % by default",
+        rf"$\eta_\gamma = {4 * problem.AUGMENTED_RATE:g}/(cT)$",
+        rf"$\eta_d = {problem.AUGMENTED_RATE:g}c/T$",
+        f"start at {terms.START:g} times",
+        rf"\min(\tfrac{{{problem.RESILIENT_RATE:g}}}{{T}}, 1)",
+    ):
+        assert fact in page.replace("\n", " "), fact
 
 
 def test_make_help_lists_every_target() -> None:
