@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import ace
 from ace import checkpoint
-from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss
+from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss, NotWritten
 from ace.history import replace_file
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
@@ -156,6 +157,15 @@ class _Training:
 
     def run(self, progress: Progress | None) -> dict[str, Any]:
         """Take the remaining steps, then measure what is shipped."""
+        try:
+            self.train(progress)
+        finally:  # how a run ended is worth seeing, however it ended
+            with suppress(NotWritten):
+                self.history.flush()
+        return self.summary()
+
+    def train(self, progress: Progress | None) -> None:
+        """Take the remaining steps."""
         config = self.config
         batches = training_batches(config, self.task, self.step)
         while self.step < config.steps:
@@ -172,7 +182,6 @@ class _Training:
                 self.save()
             if progress is not None:
                 progress(self.step)
-        return self.summary()
 
     def evaluate(self, epoch: int) -> None:
         """Measure on the validation split, and keep the weights if what would be shipped is the best so far."""
