@@ -149,7 +149,7 @@ class _Training:
         self.history = ace.History(folder / "history.csv", every=config.log_every)
         self.step = 0
         self.best: dict[str, Any] = {"step": 0, "value": math.inf, "model": {}}
-        self.seconds = {"steps": 0.0, "all": 0.0}
+        self.seconds = {"steps": 0.0, "cpu": 0.0, "all": 0.0}  # the processor's time does not depend on what else runs
         if self.checkpoint.exists():
             self.load()
         self.history.truncate(self.step)
@@ -169,10 +169,11 @@ class _Training:
         config = self.config
         batches = training_batches(config, self.task, self.step)
         while self.step < config.steps:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             epoch, batch = next(batches)
             record = self.method.step(batch)
             self.seconds["steps"] += time.perf_counter() - start
+            self.seconds["cpu"] += time.process_time() - start_cpu
             self.step += 1
             self.history.append(record, epoch)
             last = self.step == config.steps
@@ -269,6 +270,7 @@ class _Training:
             **final,
             "seconds": time.perf_counter() - self.started,
             "seconds_per_step": self.seconds["steps"] / config.steps,
+            "cpu_seconds_per_step": self.seconds["cpu"] / config.steps,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "parameters_train": self.parameters,
             "parameters_inference": sum(p.numel() for p in shipped.parameters()),
