@@ -165,7 +165,7 @@ def suite(
         def report(outcome: Any) -> None:
             progress.advance(bar)
             done = int(progress.tasks[0].completed)
-            progress.console.print(_line(outcome, done, len(runs)), markup=False, highlight=False)
+            progress.console.print(_line(outcome, done, len(runs)), markup=False, highlight=False, soft_wrap=True)
 
         outcomes = module.run_suite(runs, folder, jobs, report)
     unfinished = sum(outcome.status != "done" for outcome in outcomes)

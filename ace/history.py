@@ -50,7 +50,7 @@ class History:
     def __init__(self, path: str | os.PathLike[str] | None = None, every: int = 1) -> None:
         if every < 1:
             raise AceError(f"every = {every}: a history keeps every n-th step, with n at least 1")
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).absolute()
         self.every = every
         self._pending: list[str] = []  # complete lines, those of one item with the same step
         self._characters = 0
