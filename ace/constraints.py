@@ -41,14 +41,17 @@ class Constraint:
         return self.measure == "strength"
 
     def units(self, sizes: list[tuple[Tensor, Tensor, int]]) -> Tensor:
-        """Return r_i, shape (layers,), from the measured ‖f_neq‖², ‖f_eq‖² and numbers of entries."""
+        """Return r_i, shape (layers,), from the measured ‖f_neq‖², ‖f_eq‖² and numbers of entries.
+
+        Kept within [1e-6, 1e6]: a retired term has no size, and beside a layer that returns zeros any term is
+        infinitely large.
+        """
         neq = torch.stack([n for n, _, _ in sizes])
         if self.measure == "norm":
             scale = neq.new_tensor([max(count, 1) for *_, count in sizes])
         else:
             scale = torch.stack([e for _, e, _ in sizes])
-        # the root has no derivative at 0, where a term that has not run would sit
-        return (neq / scale.clamp_min(torch.finfo(scale.dtype).tiny)).clamp_min(torch.finfo(neq.dtype).tiny).sqrt()
+        return (neq / scale.clamp_min(torch.finfo(scale.dtype).tiny)).clamp(1e-12, 1e12).sqrt()
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class PrimalDual(ConstrainedOptimizer):
         \gamma_i &\leftarrow \mathrm{soft}\big(\gamma_i - \tfrac{\kappa_\gamma}{T} \mathrm{clip}(g_i / s_i, -1, 1),\;
         \tfrac{\kappa_\gamma}{T} \lambda_i r_i / s_i\big), \qquad \kappa_\gamma = 50
 
-    λ_i is carried along when s_i changes, so λ_i/s_i does not fall. Where the gradient is noise around 0 a term is
+    With ``Exact``, λ_i is carried along when s_i changes, so λ_i/s_i does not fall. Where the gradient is noise around 0 a term is
     let go after about π/(2√(κ_d κ_γ)) = 0.16 of H; where its sign is certain, λ_i/s_i must reach 1 first, half of H
     later: the path depends on what the data say, on no rate to be set.
 
@@ -305,7 +305,7 @@ class PrimalDual(ConstrainedOptimizer):
         scaler: torch.amp.GradScaler | None = None,
         max_skipped: int = 10,
     ) -> None:
-        _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate)
+        _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate, clip, max_skipped)
         _check_optimizer(problem, primal_optimizer)
         problem.pose(preset or form, penalty)
         self.steps = steps
@@ -318,6 +318,7 @@ class PrimalDual(ConstrainedOptimizer):
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._micro_step = 0
+        self._before: Tensor | None = None
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
@@ -341,8 +342,9 @@ class PrimalDual(ConstrainedOptimizer):
         if problem.form == "augmented":
             gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * AUGMENTED_RATE / (penalty * steps))
             return [primal, gammas], torch.optim.SGD([multiplier], lr=AUGMENTED_RATE * penalty / steps, maximize=True)
-        priced = isinstance(problem.constraint, Resilient)  # ρ is in units of the loss, so λ must be
-        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=not priced)
+        # only where λ drives γ to 0: at a bound or a price it must settle at a value in units of the loss
+        carry = isinstance(problem.constraint, Exact)
+        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=carry)
         if isinstance(problem.constraint, Resilient):
             rho = problem.constraint.rho
             rate = min(RESILIENT_RATE / steps, 1.0) * rho
@@ -378,6 +380,7 @@ class PrimalDual(ConstrainedOptimizer):
         first, last = self._micro_step == 0, self._micro_step == self.accumulate - 1
         if first:
             self.zero_grad()
+            self._before = None
             if self.step == 0:
                 check_called(self.cmp.model)
         state = self.cmp.state_of(loss)
@@ -388,6 +391,7 @@ class PrimalDual(ConstrainedOptimizer):
         if not self._dual_first:
             (dual_lagrangian / self.accumulate).backward()
         elif first:
+            self._before = self.cmp.multiplier.detach().clone()
             dual_lagrangian.backward()
             self.dual_step()
         primal = state.compute_primal_lagrangian()
@@ -395,10 +399,10 @@ class PrimalDual(ConstrainedOptimizer):
         (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
         self._micro_step = 0 if last else self._micro_step + 1
         if last:
-            if not self._dual_first:
-                self.dual_step()
             if not self._clip():
                 return self._skip(state, loss, "gradient not finite")
+            if not self._dual_first:
+                self.dual_step()
             self.primal_step()
             self.step += 1
             self._skipped_in_a_row = 0
@@ -446,7 +450,7 @@ class PrimalDual(ConstrainedOptimizer):
             bound = (constraint.eps / torch.as_tensor(self._units())).expand(len(gammas))
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
-        if not isinstance(constraint, Exact) or bool(self._off.all()):
+        if not isinstance(constraint, Exact) or (bool(self._off.all()) and _world_size() == 1):
             return
         values = torch.cat(tuple(gammas))
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
@@ -454,8 +458,9 @@ class PrimalDual(ConstrainedOptimizer):
         self._retire(torch.ones_like(done) if polishing else done)
 
     def _retire(self, off: Tensor) -> None:
-        """Hold these γ at 0 and take their terms out of the graph."""
+        """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
         for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
+            relaxation.retired = relaxation.retired and is_off
             if is_off and _world_size() > 1:
                 relaxation.gamma.data.zero_()  # DistributedDataParallel expects every parameter in the graph
             elif is_off and not relaxation.retired:
@@ -476,6 +481,9 @@ class PrimalDual(ConstrainedOptimizer):
         self._skipped_in_a_row += 1
         self._micro_step = 0
         self.zero_grad()
+        if self._before is not None:  # the update is dropped whole, its dual step too
+            with torch.no_grad():
+                self.cmp.multiplier.copy_(self._before)
         if self._skipped_in_a_row >= self.max_skipped:
             worst = max(self.cmp.relaxations.values(), key=lambda relaxation: relaxation.gamma.abs().item())
             raise NonFiniteLoss(
@@ -506,6 +514,7 @@ class PrimalDual(ConstrainedOptimizer):
         Call it between updates, not in the middle of an accumulation.
         """
         return {
+            "form": f"{self.cmp.form}, {type(self.cmp.constraint).__name__}",
             "model": self.cmp.model.state_dict(),
             "problem": self.cmp.state_dict(),
             "optimizers": dict(super().state_dict()),
@@ -523,7 +532,7 @@ class PrimalDual(ConstrainedOptimizer):
             state: The state of an optimizer of the same form on the same relaxed model.
 
         Raises:
-            CheckpointMismatch: The state belongs to another model; all differing keys are listed and nothing is
+            CheckpointMismatch: The state belongs to another model or form; all differing keys are listed and nothing is
                 loaded.
         """
         _check_state(self, state)
@@ -547,6 +556,8 @@ def _check_arguments(
     penalty: float,
     polish: float,
     accumulate: int,
+    clip: float | None,
+    max_skipped: int,
 ) -> None:
     problems = []
     if form not in {"proximal", "augmented"}:
@@ -563,6 +574,10 @@ def _check_arguments(
         problems.append(f"polish={polish}: a share of the steps, at least 0 and below 1")
     if accumulate < 1:
         problems.append(f"accumulate={accumulate}: at least 1")
+    if clip is not None and not clip > 0:
+        problems.append(f"clip={clip}: must be positive, or None")
+    if max_skipped < 1:
+        problems.append(f"max_skipped={max_skipped}: at least 1")
     if problems:
         raise AceError("PrimalDual: " + "; ".join(problems))
 
@@ -604,11 +619,9 @@ def _check_state(optimizer: PrimalDual, state: Mapping[str, Any]) -> None:
             for key in own
             if key in other and own[key].shape != other[key].shape
         ]
-        counts = [
-            len(o["primal_optimizer_states"]) for o in (optimizer.state_dict()["optimizers"], state["optimizers"])
-        ]
-        if counts[0] != counts[1] or set(state["problem"]["multipliers"]) != {"relaxation"}:
-            problems.append("it was saved by another form of PrimalDual")
+        own_form = optimizer.state_dict()["form"]
+        if state["form"] != own_form:
+            problems.append(f"it was saved by another form ({state['form']}; here: {own_form})")
     if problems:
         raise CheckpointMismatch(f"the state belongs to another training, nothing was loaded: {'; '.join(problems)}")
 
