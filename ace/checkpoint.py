@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ace.errors import AceError, CheckpointMismatch
+from ace.errors import CheckpointMismatch, NotWritten
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> None:
@@ -24,7 +23,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], config: Mapping
         config: What the training was configured with; ``load`` compares it.
 
     Raises:
-        AceError: The file cannot be written (full disk, no permission); an older checkpoint there is unharmed.
+        NotWritten: The file cannot be written (full disk, no permission); an older checkpoint there is unharmed.
 
     Example:
         >>> import tempfile, torch
@@ -44,10 +43,11 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], config: Mapping
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as problem:
+        kept = "; the checkpoint that was there is unharmed" if path.exists() else ""
+        raise NotWritten(f"cannot write the checkpoint {path}: {problem}{kept}") from problem
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        kept = "; the checkpoint that was there is unharmed" if path.exists() else ""
-        raise AceError(f"cannot write the checkpoint {path}: {problem}{kept}") from problem
 
 
 def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -61,12 +61,15 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
         The state.
 
     Raises:
-        CheckpointMismatch: The file is damaged, is no checkpoint, or was written under another configuration (all
-            differing fields are named).
+        CheckpointMismatch: The file is missing or damaged, is no checkpoint, or was written under another
+            configuration (all differing fields are named).
     """
+    if not Path(path).exists():
+        raise CheckpointMismatch(f"{path} does not exist: there is no checkpoint to load")
     try:
+        _verify_checksums(Path(path))
         content = torch.load(Path(path), weights_only=True, map_location="cpu")
-    except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as problem:
+    except Exception as problem:  # whatever damaged bytes lead the readers to
         raise CheckpointMismatch(
             f"{path} cannot be read as a checkpoint ({type(problem).__name__}): it is truncated, altered, or something "
             "else; delete it to start over"
@@ -79,6 +82,14 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
             raise CheckpointMismatch(f"{path} belongs to another configuration: {'; '.join(differing)}")
     state: dict[str, Any] = content["state"]
     return state
+
+
+def _verify_checksums(path: Path) -> None:
+    """Raise ``BadZipFile`` unless every part of the archive has its checksum: torch compares none."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 def _differences(now: Mapping[str, Any], saved: Mapping[str, Any], prefix: str = "") -> list[str]:
