@@ -58,7 +58,7 @@ def test_algorithm_1(kind, lr, dual_lr):
     problem = ace.Problem(relaxed, regression, ace.Exact())
     optimizer = ace.PrimalDual(problem, kind(relaxed.parameters(), lr=lr), steps=STEPS, preset="paper", dual_lr=dual_lr)
     primal, dual = kind(hand.values.parameters(), lr=lr), kind([hand.multiplier], lr=dual_lr)
-    worst = 0.0
+    worst, peak = 0.0, torch.zeros(3)
     for batch in batches(STEPS):
         optimizer.roll(batch)
         primal.zero_grad()
@@ -67,9 +67,10 @@ def test_algorithm_1(kind, lr, dual_lr):
         primal.step()
         dual.step()
         worst = max(worst, differences(relaxed, problem, hand))
+        peak = torch.maximum(peak, hand.multiplier.detach().abs())
     assert worst <= 1e-12
     assert (hand.gamma() - 1).abs().min() > 1e-3  # the comparison was not of two models that stood still
-    assert hand.multiplier.abs().min() > 1e-3
+    assert peak.min() > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "lr", "dual_lr"), CASES, ids=["sgd", "adam"])
@@ -81,7 +82,7 @@ def test_algorithm_2(kind, lr, dual_lr, rho):
     optimizer = ace.PrimalDual(problem, kind(relaxed.parameters(), lr=lr), steps=STEPS, preset="paper", dual_lr=dual_lr)
     primal = kind([*hand.values.parameters(), hand.slack], lr=lr)
     dual = kind([hand.multiplier], lr=dual_lr)
-    worst = 0.0
+    worst, peak = 0.0, torch.zeros(3)
     for batch in batches(STEPS):
         optimizer.roll(batch)
         primal.zero_grad()
@@ -94,9 +95,10 @@ def test_algorithm_2(kind, lr, dual_lr, rho):
         with torch.no_grad():
             hand.multiplier.clamp_(min=0)
         worst = max(worst, differences(relaxed, problem, hand))
+        peak = torch.maximum(peak, hand.multiplier.detach().abs())
     assert worst <= 1e-12
     assert hand.slack.abs().min() > 1e-3
-    assert hand.multiplier.max() > 1e-3
+    assert peak.min() > 1e-3
 
 
 def test_multipliers_are_projected():
