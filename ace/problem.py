@@ -234,9 +234,9 @@ class PrimalDual(ConstrainedOptimizer):
         \gamma_i &\leftarrow \mathrm{soft}\big(\gamma_i - \tfrac{\kappa_\gamma}{T} \mathrm{clip}(g_i / s_i, -1, 1),\;
         \tfrac{\kappa_\gamma}{T} \lambda_i r_i / s_i\big), \qquad \kappa_\gamma = 50
 
-    With ``Exact``, λ_i is carried along when s_i changes, so λ_i/s_i does not fall. Where the gradient is noise around 0 a term is
-    let go after about π/(2√(κ_d κ_γ)) = 0.16 of H; where its sign is certain, λ_i/s_i must reach 1 first, half of H
-    later: the path depends on what the data say, on no rate to be set.
+    With ``Exact``, λ_i is carried along when s_i changes, so λ_i/s_i does not fall. Where the gradient is noise around
+    0 a term is let go after about π/(2√(κ_d κ_γ)) = 0.16 of H; where its sign is certain, λ_i/s_i must reach 1 first,
+    half of H later: the path depends on what the data say, on no rate to be set.
 
     With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition
     :math:`|\mathrm{E}\,g_i| \le \lambda_i r_i`; those left are retired for the last ``polish`` share of the steps, in
@@ -426,6 +426,9 @@ class PrimalDual(ConstrainedOptimizer):
         """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
+            for gamma, is_off in zip(self.cmp.gammas, self._off.tolist(), strict=True):
+                if is_off:  # its term is in the graph still where training is distributed
+                    gamma.grad = None
         for optimizer in self._primal:
             if self.scaler is None:
                 optimizer.step()

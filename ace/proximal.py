@@ -54,7 +54,7 @@ class ProximalGradient(torch.optim.Optimizer):
         self.units: Tensor | float = 1.0
         first = self._gammas[0]
         size = torch.zeros(len(gammas), dtype=first.dtype, device=first.device)
-        self.state[first] = {"step": torch.zeros(()), "mean": size, "square": size.clone()}
+        self.state[first] = {"step": size, "mean": size.clone(), "square": size.clone()}
 
     @property
     def _gammas(self) -> list[nn.Parameter]:
@@ -84,10 +84,12 @@ class ProximalGradient(torch.optim.Optimizer):
         group, gammas = self.param_groups[0], self._gammas
         state: dict[str, Any] = self.state[gammas[0]]
         gradient = torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in gammas])
+        reached = gradient.new_tensor([g.grad is not None for g in gammas])  # a retired term keeps its averages and λ
         before = self.scale
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - group["decay"])
-        state["square"].lerp_(gradient.square(), 1 - group["decay"])
+        state["step"] += reached
+        weight = (1 - group["decay"]) * reached
+        state["mean"].lerp_(gradient, weight)
+        state["square"].lerp_(gradient.square(), weight)
         scale = self.scale
         if self.carry:
             self.multiplier.mul_(scale / before)

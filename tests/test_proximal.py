@@ -53,11 +53,30 @@ def test_running_scale_is_the_bias_corrected_rms():
     torch.testing.assert_close(optimizer.mean, mean.reshape(1), rtol=1e-5, atol=1e-7)
 
 
-def test_no_gradient_leaves_gamma_where_it_is():
-    gamma = nn.Parameter(torch.ones(1))
-    optimizer = ProximalGradient([gamma], torch.zeros(1), lr=0.1)
+def test_a_term_that_no_gradient_reaches_keeps_everything():
+    gammas = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    multiplier = torch.zeros(2, dtype=torch.float64)
+    optimizer = ProximalGradient(gammas, multiplier, lr=1e-3, carry=True)
+    for gradient in (3.0, 1.0):
+        for gamma in gammas:
+            gamma.grad = torch.full((1,), gradient, dtype=torch.float64)
+        optimizer.step()
+    multiplier.fill_(0.5)
+    scale, mean = optimizer.scale.clone(), optimizer.mean.clone()
+    gammas[0].grad = None
+    with torch.no_grad():
+        gammas[0].zero_()
     optimizer.step()
-    assert gamma.item() == 1.0
+    assert torch.equal(optimizer.scale[0], scale[0])
+    assert torch.equal(optimizer.mean[0], mean[0])
+    assert multiplier[0] == 0.5
+    assert gammas[0].item() == 0.0
+    assert optimizer.scale[1] < scale[1]
+    torch.testing.assert_close(multiplier[1], 0.5 * optimizer.scale[1] / scale[1])  # carried with the scale
+
+
+def test_closures_are_refused():
+    optimizer = ProximalGradient([nn.Parameter(torch.ones(1))], torch.zeros(1), lr=0.1)
     with pytest.raises(NotImplementedError, match="closure"):
         optimizer.step(lambda: 0.0)
 
