@@ -23,3 +23,10 @@ def tensor_product_term(site: Site) -> nn.Module:
     layer = cast("o3.TensorProduct", site.layer)
     reads = [Port(0, "x", layer.irreps_in1.dim), Port(1, "y", layer.irreps_in2.dim)]
     return site.dense(reads, [Write(None, layer.irreps_out.dim)])
+
+
+@register_term(o3.TensorSquare)
+def tensor_square_term(site: Site) -> nn.Module:
+    """Read the one input, which is both factors."""
+    layer = cast("o3.TensorSquare", site.layer)
+    return site.dense([Port(0, "x", layer.irreps_in.dim)], [Write(None, layer.irreps_out.dim)])
