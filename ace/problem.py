@@ -25,6 +25,7 @@ from cooper.optim.optimizer import RollOut
 from cooper.penalty_coefficients.penalty_coefficients import DensePenaltyCoefficient
 from cooper.utils.annotations import ConstraintType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ace.constraints import Bounded, Constraint, Exact, Resilient
 from ace.errors import (
@@ -443,6 +444,11 @@ class PrimalDual(ConstrainedOptimizer):
     def _proximal(self) -> ProximalGradient:
         return cast("ProximalGradient", self._primal[1])
 
+    @property
+    def _keep_in_graph(self) -> bool:
+        # it expects a gradient of every parameter that had one when the model was wrapped
+        return isinstance(self.cmp.model, DistributedDataParallel)
+
     def _units(self) -> Tensor | float:
         return 1.0 if self.cmp.units is None else self.cmp.units
 
@@ -453,7 +459,7 @@ class PrimalDual(ConstrainedOptimizer):
             bound = (constraint.eps / torch.as_tensor(self._units())).expand(len(gammas))
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
-        if not isinstance(constraint, Exact) or (bool(self._off.all()) and _world_size() == 1):
+        if not isinstance(constraint, Exact) or bool(self._off.all()):
             return
         values = torch.cat(tuple(gammas))
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
@@ -464,8 +470,8 @@ class PrimalDual(ConstrainedOptimizer):
         """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
         for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
             relaxation.retired = relaxation.retired and is_off
-            if is_off and _world_size() > 1:
-                relaxation.gamma.data.zero_()  # DistributedDataParallel expects every parameter in the graph
+            if is_off and self._keep_in_graph:
+                relaxation.gamma.data.zero_()
             elif is_off and not relaxation.retired:
                 relaxation.retire()
         self._off = off
