@@ -211,7 +211,6 @@ class SpectralLinear(nn.Linear):
                 u = nn.functional.normalize(self.weight @ v, dim=0)
                 self.u.copy_(u)
                 self.v.copy_(v)
-            u, v = u.clone(), v.clone()
         sigma = torch.dot(u, self.weight @ v)
         return nn.functional.linear(input, self.weight / sigma, self.bias)
 
