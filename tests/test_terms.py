@@ -83,6 +83,12 @@ def test_spectral_map_has_the_gradient_of_the_quotient(float64):
     torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-8, atol=1e-10)
 
 
+def test_spectral_map_may_run_twice_before_the_backward_pass():
+    layer, x = SpectralLinear(4, 4), torch.randn(5, 4)
+    layer(layer(x)).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_spectral_map_does_not_move_in_eval_mode():
     layer = SpectralLinear(4, 3).eval()
     before = copy.deepcopy(layer.state_dict())
