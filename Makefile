@@ -28,7 +28,7 @@ demo: $(READY) ## Main job: build the data, train, print one table, draw the tra
 	@echo "Every run (configuration, history, checkpoint, summary) is in results/demo, the figures in results/demo/figures."
 
 test: $(READY) ## Run the tests and the examples in the docstrings, except the slow ones
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules ace benchmarks tests
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow tests
