@@ -40,6 +40,10 @@ def report(folder: Path, out: Path) -> None:
     runs = load_results(folder)
     runs["run"] = [str(Path(run)) for run in runs["run"]]
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
+    if (out / "runs.csv").exists():  # runs of earlier folders stay, unless this folder has them again
+        runs = pd.concat([pd.read_csv(out / "runs.csv"), runs]).drop_duplicates(
+            ["task", "model", "method", "seed"], keep="last"
+        )
     runs["method"] = pd.Categorical(runs["method"], METHODS, ordered=True)
     runs = runs.sort_values(["task", "model", "method", "seed"], ignore_index=True)
     replace_file(out / "runs.csv", runs.to_csv(index=False).encode())
@@ -64,7 +68,7 @@ def compare(runs: pd.DataFrame) -> str:
         of a paired t-test, multiplied by the number of comparisons (Bonferroni).
     """
     values = runs.pivot_table(index="seed", columns="method", values="test_shipped")
-    lines = ["| against strict | pairs | difference | p (corrected) |", "|---|---|---|---|"]
+    lines = ["| against `strict` | pairs | difference | p (corrected) |", "|---|---|---|---|"]
     others = [method for method in METHODS if method in values and method != "strict"]
     for method in others:
         pair = values[["strict", method]].dropna()
