@@ -9,7 +9,7 @@ copyright = "2026, the ace developers"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["results/*.md", "_build"]
 default_role = "literal"
 suppress_warnings = ["config.cache"]
 
