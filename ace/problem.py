@@ -92,7 +92,7 @@ class Problem(ConstrainedMinimizationProblem):
         self.form: Form | None = None
         self.slack: nn.Parameter | None = None
         self.units: Tensor | None = None
-        self._measured: Callable[[], list[tuple[Tensor, Tensor, int]]] | None = None
+        self._sizes: list[tuple[Tensor, Tensor, int]] | None = None
 
     @property
     def gammas(self) -> list[nn.Parameter]:
@@ -145,8 +145,7 @@ class Problem(ConstrainedMinimizationProblem):
             return
         with measuring(self.relaxations.values()) as totals:
             yield
-            sizes = totals()
-        self._measured = lambda: sizes
+            self._sizes = totals()
 
     def compute_violations(self) -> CMPState:
         """Return the violations at the current γ (and, if the constraint needs it, the batch last observed)."""
@@ -154,11 +153,10 @@ class Problem(ConstrainedMinimizationProblem):
         value = gamma
         strict = None
         if not self.constraint.deterministic:
-            if self._measured is None:
+            if self._sizes is None:
                 raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
-            sizes = self._measured()
-            self.units = self.constraint.units(_all_reduce(sizes)).detach()
-            value, strict = gamma.abs() * self.constraint.units(sizes), gamma.detach().abs() * self.units
+            self.units = self.constraint.units(_all_reduce(self._sizes)).detach()
+            value, strict = gamma.abs() * self.constraint.units(self._sizes), gamma.detach().abs() * self.units
         elif self.relaxation.constraint_type is ConstraintType.INEQUALITY:
             value = gamma.abs()
         bound: float | Tensor = self.constraint.eps if isinstance(self.constraint, Bounded) else 0.0
@@ -618,9 +616,10 @@ def _take_out(optimizer: torch.optim.Optimizer, gammas: list[nn.Parameter]) -> N
 
 
 def _check_state(optimizer: PrimalDual, state: Mapping[str, Any]) -> None:
-    problems = [f"no entry {key!r}" for key in optimizer.state_dict() if key not in state]
+    present = optimizer.state_dict()
+    problems = [f"no entry {key!r}" for key in present if key not in state]
     if not problems:
-        own, other = optimizer.cmp.model.state_dict(), state["model"]
+        own, other = present["model"], state["model"]
         problems += [f"missing {key}" for key in own if key not in other]
         problems += [f"unexpected {key}" for key in other if key not in own]
         problems += [
@@ -628,9 +627,8 @@ def _check_state(optimizer: PrimalDual, state: Mapping[str, Any]) -> None:
             for key in own
             if key in other and own[key].shape != other[key].shape
         ]
-        own_form = optimizer.state_dict()["form"]
-        if state["form"] != own_form:
-            problems.append(f"it was saved by another form ({state['form']}; here: {own_form})")
+        if state["form"] != present["form"]:
+            problems.append(f"it was saved by another form ({state['form']}; here: {present['form']})")
     if problems:
         raise CheckpointMismatch(f"the state belongs to another training, nothing was loaded: {'; '.join(problems)}")
 

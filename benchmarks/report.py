@@ -15,6 +15,7 @@ from scipy.stats import ttest_rel
 from ace import plotting
 from ace.history import replace_file
 from ace.results import load_histories, load_results, table
+from benchmarks.methods import METHODS
 
 METRICS = {
     "test_shipped": "test, shipped",
@@ -26,7 +27,6 @@ METRICS = {
 }
 """Columns of the tables; lower is better in all of them."""
 TRAJECTORIES = ["ace", "ace-paper", "ace-resilient"]
-METHODS = ["strict", "unconstrained", "ace", "ace-resilient", "ace-paper", "cr"]
 
 
 def report(folder: Path, out: Path) -> None:
@@ -44,7 +44,7 @@ def report(folder: Path, out: Path) -> None:
         runs = pd.concat([pd.read_csv(out / "runs.csv"), runs]).drop_duplicates(
             ["task", "model", "method", "seed"], keep="last"
         )
-    runs["method"] = pd.Categorical(runs["method"], METHODS, ordered=True)
+    runs["method"] = pd.Categorical(runs["method"], list(METHODS), ordered=True)
     runs = runs.sort_values(["task", "model", "method", "seed"], ignore_index=True)
     replace_file(out / "runs.csv", runs.to_csv(index=False).encode())
     runs["method"] = runs["method"].astype(str)
