@@ -1,0 +1,1 @@
+"""Relaxed models of other libraries: each class runs all checks of ``ace.testing.HostTests``."""
