@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ WIDTH = 10.0
 STEPS = 20
 """Steps of training."""
 
+Result = TypeVar("Result")
 _Gradients = dict[str, Tensor | None]
 
 
@@ -172,10 +173,10 @@ class HostTests:
         _evaluate(plain, self.batch())  # a module may keep something from its first call
         before, output = _anatomy(plain), _leaves(_evaluate(plain, self.batch()))
         relaxed = self._relax(plain, self.batch())
-        call(relaxed.eval(), self.batch())
+        _evaluate(relaxed, self.batch())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstraintNotMet)  # γ is 1: the output must not show it
-            back = restore(relaxed.train())
+            back = restore(relaxed)
         assert back is plain, f"{self._name}: restore returned another object"
         after = _anatomy(back)
         assert list(after) == list(before), f"{self._name}: modules changed: {_changed(list(after), list(before))}"
@@ -194,19 +195,29 @@ class HostTests:
         """Twenty steps of ``PrimalDual`` on random targets lower the loss and move every γ, forces included."""
         relaxed = self._relaxed()
         _set_gamma(relaxed, 0.5)  # free to go either way: γ is kept within [0, 1]
-        loss = self._regression(relaxed)
+        distance = self._regression(relaxed)
         if self.forces:
             self._check_forces(relaxed)
-        problem = ace.Problem(relaxed, loss=lambda model, batch: loss(call(model, batch)))
+        problem = ace.Problem(relaxed, loss=lambda model, batch: distance(call(model, batch)))
         adam = torch.optim.Adam(relaxed.parameters(), self.lr)
         optimizer = ace.PrimalDual(problem, adam, steps=50 * STEPS)  # planned for longer: no polishing in here
+        gammas = {path: relaxation.gamma for path, relaxation in relaxations(relaxed).items()}
+        reached: set[str] = set()
+
+        def train() -> list[float]:
+            losses = []
+            for _ in range(STEPS):
+                loss = optimizer.roll(self.batch()).loss
+                losses.append(float("nan") if loss is None else float(loss))
+                reached.update(path for path, gamma in gammas.items() if gamma.grad is not None and gamma.grad.any())
+            return losses
+
         torch.manual_seed(0)
-        losses = [optimizer.roll(self.batch()).loss for _ in range(STEPS)]
-        values = [float(value) for value in losses if value is not None]
-        assert optimizer.skipped == 0, f"{self._name}: the loss or its gradient was not finite: {values}"
-        assert values[-1] < values[0], f"{self._name}: {STEPS} steps did not lower the loss: {values}"
-        still = [path for path, r in relaxations(relaxed).items() if r.gamma.item() == 0.5 or not r.gamma.isfinite()]
-        assert not still, f"{self._name}: γ did not move at {', '.join(map(repr, still))}"
+        losses = self._must("be trained", train)
+        assert optimizer.skipped == 0, f"{self._name}: the loss was not finite: {losses}"
+        assert losses[-1] < losses[0], f"{self._name}: {STEPS} steps did not lower the loss: {losses}"
+        idle = [path for path, gamma in gammas.items() if path not in reached or gamma.item() == 0.5]
+        assert not idle, f"{self._name}: the loss does not move γ at {', '.join(map(repr, idle))}"
 
     def test_accumulation(self) -> None:
         """Two half batches accumulated give the gradient of the whole batch."""
@@ -263,7 +274,7 @@ class HostTests:
         plain = self._plain()
         expected = self._ask("run under bfloat16 autocast", lambda: _finite(run(plain)))[0]
         relaxed = self._relax(plain, self.batch())
-        outputs, gradients = run(relaxed)
+        outputs, gradients = self._must("run under bfloat16 autocast", lambda: run(relaxed))
         self._check_finite(outputs, gradients)
         self._check_dtypes(outputs, expected)
         _set_gamma(relaxed, 0.0)
@@ -337,7 +348,7 @@ class HostTests:
                     reason = _reason(problem)
             else:
                 pytest.skip(f"the plain model cannot be compiled: {reason}")
-            found = _compiled(self._relaxed(), self.batch, backend, moves)
+            found = self._must("be compiled", lambda: _compiled(self._relaxed(), self.batch, backend, moves))
         assert found.breaks <= allowed.breaks, (
             f"{self._name}: {found.breaks} graph breaks where the plain model has {allowed.breaks}: {found.reasons}"
         )
@@ -355,7 +366,7 @@ class HostTests:
             try:
                 spawn(_rank, (type(self), folder), nprocs=2)
             except ProcessRaisedException as problem:
-                _fail(f"{self._name}: {problem}")
+                raise AssertionError(f"{self._name}: {problem}") from None
             zero, one = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
         if zero["skip"]:
             pytest.skip(f"the plain model cannot run under DistributedDataParallel: {zero['skip']}")
@@ -416,7 +427,7 @@ class HostTests:
     ) -> float:
         return ace.equivariance_error(model, batch, group, elements=elements, **types).max
 
-    def _ask(self, what: str, action: Callable[[], Any]) -> Any:
+    def _ask(self, what: str, action: Callable[[], Result]) -> Result:
         """Try something on the plain model; skip the check if it cannot do it."""
         try:
             with warnings.catch_warnings():
@@ -424,6 +435,16 @@ class HostTests:
                 return action()
         except Exception as problem:
             pytest.skip(f"the plain model cannot {what}: {_reason(problem)}")
+
+    def _must(self, what: str, action: Callable[[], Result]) -> Result:
+        """Do with the relaxed model what the plain model can do; say which model could not."""
+        try:
+            return action()
+        except AssertionError:
+            raise
+        except Exception as problem:
+            message = f"{self._name}: the relaxed model cannot {what}, the plain model can: {_reason(problem)}"
+            raise AssertionError(message) from problem
 
     def _default_for(self, dtype: torch.dtype) -> torch.dtype:
         """The default dtype under which the plain model runs in ``dtype``; raises what it raised."""
@@ -498,7 +519,7 @@ class HostTests:
             plain, batch = _cast_module(plain, dtype), partial(_cast, self.batch(), dtype)
             expected = _leaves(_evaluate(plain, batch()))
             relaxed = self._relax(plain, batch())
-            outputs, gradients = _step(relaxed, batch())
+            outputs, gradients = self._must(f"run in {dtype}", lambda: _step(relaxed, batch()))
             self._check_finite(outputs, gradients)
             self._check_dtypes(outputs, expected)
             _set_gamma(relaxed, 0.0)
@@ -520,7 +541,7 @@ class HostTests:
         plain_output = _leaves(_evaluate(self._plain(), self.batch()))
         original = self._relaxed()
         output = _leaves(_evaluate(original, self.batch()))
-        twin = duplicate(original)
+        twin = self._must(f"become {what}", lambda: duplicate(original))
         problem = _unequal(_leaves(_evaluate(twin, self.batch())), output)
         assert not problem, f"{self._name}: {what} computes something else: {problem}"
         ours, theirs = relaxations(original), relaxations(twin)
@@ -547,7 +568,7 @@ class HostTests:
 
         if wrong := self._ask("be recomputed in the backward pass", lambda: both(self._plain())):
             pytest.skip(f"the plain model recomputed in the backward pass has other gradients: {wrong}")
-        wrong = both(self._relaxed())
+        wrong = self._must("be recomputed in the backward pass", lambda: both(self._relaxed()))
         assert not wrong, f"{self._name}: recomputed in the backward pass, gradients differ: {wrong}"
 
     def _apart(self, found: _Gradients, expected: _Gradients) -> str:
@@ -850,7 +871,3 @@ def _reason(problem: Exception) -> str:
     """The first line of an exception."""
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _fail(message: str) -> NoReturn:
-    raise AssertionError(message)
