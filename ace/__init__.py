@@ -9,6 +9,7 @@ from ace.problem import PrimalDual, Problem
 from ace.relaxation import (
     Relaxation,
     base_state_dict,
+    load_base_state_dict,
     projection_gap,
     relax,
     relaxations,
@@ -38,6 +39,7 @@ __all__ = [
     "checkpoint",
     "equivariance_error",
     "lie_derivative",
+    "load_base_state_dict",
     "projection_gap",
     "register_term",
     "relax",

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ace.calls import call, map_tensors
+from ace.calls import call, map_tensors, parts_of
 from ace.errors import AceError, ShapeMismatch
 from ace.groups import TYPES, Element, Generator, Group, Permutations, act, act_generator, finding, jvp
+from ace.inputs import TYPE_OF_NAME, UNMOVED, Input, model_inputs, unused_names, with_inputs
+from ace.probing import evaluating, same_randomness
 
 Types = str | Sequence[Any] | Mapping[str, Any] | None
-
-TYPE_OF_NAME = {
-    **dict.fromkeys(("pos", "positions", "coords", "loc"), "position"),
-    **dict.fromkeys(("vel", "velocity", "velocities", "force", "forces"), "vector"),
-    "edge_index": "edge_index",
-    **dict.fromkeys(("edge_attr", "edge_weight", "ptr", "y"), "invariant"),
-}
-"""Types assumed for inputs and outputs of these names; every other input is a ``scalar``."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +55,6 @@ class ErrorReport:
             f"{self.quantity}: mean {self.mean:.1e}, max {self.max:.1e} "
             f"({self.elements} {kind}{plural} of {self.group})"
         )
-
-
-@dataclass(frozen=True)
-class _Argument:
-    """One argument of the model (or attribute of a ``Data``): a type for all tensors inside it."""
-
-    key: int | str
-    name: str
-    value: Any
-    kind: str
 
 
 def equivariance_error(
@@ -138,13 +120,13 @@ def equivariance_error(
             problems.append("no input has a node axis to permute")
             _refuse(model, group, problems)
         sample = group.sample(elements, seed, nodes=nodes)
-        reference = run(_rebuilt(batch, arguments))
+        reference = run(with_inputs(batch, {}))
         leaves = _check(model, group, sample[0], arguments, reference, outputs, problems, nodes)
 
         samples = []
         for element in sample:
-            moved = [_mapped(argument, partial(act, element)) for argument in arguments]
-            output = run(_rebuilt(batch, moved))
+            moved = {argument.path: act(element, argument.value, argument.kind) for argument in arguments}
+            output = run(with_inputs(batch, moved))
             errors = []
             for (label, before, kind), (_, after, _) in zip(leaves, _leaves(output, outputs), strict=True):
                 expected = act(element, before.detach(), kind)
@@ -197,24 +179,19 @@ def lie_derivative(
         raise AceError(f"{group} is finite and has no Lie derivative: use equivariance_error")
     with _evaluating(model, batch, dtype) as (run, batch):
         arguments, problems = _arguments(model, batch, group, inputs)
-        reference = run(_rebuilt(batch, arguments))
+        reference = run(with_inputs(batch, {}))
         leaves = _check(model, group, generators[0], arguments, reference, outputs, problems, None)
-        moving = [argument for argument in arguments if argument.kind not in ("scalar", "invariant", "edge_index")]
-        primals = tuple(tensor for argument in moving for tensor in _tensors(argument.value))
+        moving = [argument for argument in arguments if argument.kind not in UNMOVED]
+        primals = tuple(argument.value for argument in moving)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            values = iter(tensors)
-            new = {a.key: _mapped(a, lambda _tensor, _kind: next(values)) for a in moving}
-            output = run(_rebuilt(batch, [new.get(argument.key, argument) for argument in arguments]))
+            new = {argument.path: tensor for argument, tensor in zip(moving, tensors, strict=True)}
+            output = run(with_inputs(batch, new))
             return tuple(tensor for _, tensor, _ in _leaves(output, outputs))
 
         samples = []
         for generator in generators:
-            tangents = tuple(
-                act_generator(generator, tensor, argument.kind)
-                for argument in moving
-                for tensor in _tensors(argument.value)
-            )
+            tangents = tuple(act_generator(generator, argument.value, argument.kind) for argument in moving)
             slopes = jvp(function, primals, tangents)
             errors = [
                 _relative(label, slope.detach(), act_generator(generator, value.detach(), kind), value.detach())
@@ -235,45 +212,28 @@ def _evaluating(
 
     if dtype is not None and isinstance(model, torch.nn.Module):
         model = copy.deepcopy(model).to(dtype)
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    flags = [module.training for module in modules]
 
     def run(example: Any) -> Any:
-        torch.manual_seed(0)  # a model that draws must draw the same for x and for g x
-        return call(model, example)
+        with same_randomness():  # a model that draws must draw the same for x and for g x
+            return call(model, example)
 
-    try:
-        if isinstance(model, torch.nn.Module):
-            model.eval()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield run, map_tensors(cast, batch)
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
+    with evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
+        yield run, map_tensors(cast, batch)
 
 
 def _arguments(
     model: Callable[..., Any], batch: Any, group: Group, inputs: Mapping[int | str, str] | None
-) -> tuple[list[_Argument], list[str]]:
-    """The arguments in the batch with their types, and what is wrong with ``inputs``."""
-    values = _values(batch)
-    names = _parameter_names(model) if any(isinstance(key, int) for key in values) else []
-    given = dict(inputs or {})
-    arguments = []
-    for key, value in values.items():
-        if not _tensors(value):
-            continue
-        name = key if isinstance(key, str) else names[key] if key < len(names) else f"argument {key}"
-        kind = given.pop(key, None) or given.pop(name, None) or TYPE_OF_NAME.get(name, "scalar")
-        arguments.append(_Argument(key, name, value, kind))
-    found = ", ".join(f"{a.name} ({a.kind}, shape {tuple(_tensors(a.value)[0].shape)})" for a in arguments)
-    problems = [f"inputs names {key!r}, but the inputs are: {found}" for key in given]
+) -> tuple[list[Input], list[str]]:
+    """The tensors in the batch with their types, and what is wrong with ``inputs``."""
+    arguments = model_inputs(model, batch, inputs)
+    found = ", ".join(f"{a.name} ({a.kind}, shape {tuple(a.value.shape)})" for a in arguments)
+    problems = [f"inputs names {key!r}, but the inputs are: {found}" for key in unused_names(model, batch, inputs)]
     if not arguments:
         problems.append(
             f"no tensor found in a batch of type {type(batch).__name__}: pass a tuple, a dict, a tensor or a PyG Data"
         )
         _refuse(model, group, problems)
-    still = ("invariant",) if isinstance(group, Permutations) else ("scalar", "edge_index", "invariant")
+    still = ("invariant",) if isinstance(group, Permutations) else UNMOVED
     if all(argument.kind in still for argument in arguments):
         problems.append(
             f"{group} moves none of the inputs {found}: pass inputs= with their types, "
@@ -286,16 +246,15 @@ def _check(
     model: Callable[..., Any],
     group: Group,
     motion: Element | Generator,
-    arguments: list[_Argument],
+    arguments: list[Input],
     reference: Any,
     outputs: Types,
     problems: list[str],
     nodes: int | None,
 ) -> list[tuple[str, Tensor, str]]:
     """Output tensors with their types; refuse if any type of an input or output is missing or wrong."""
-    for argument in arguments:
-        found = dict.fromkeys(finding(motion, tensor, argument.kind) for tensor in _tensors(argument.value))
-        problems += [f"input {argument.name}: {problem}" for problem in found if problem]
+    found = [(argument.name, finding(motion, argument.value, argument.kind)) for argument in arguments]
+    problems += [f"input {name}: {problem}" for name, problem in dict.fromkeys(found) if problem]
     leaves = []
     for label, tensor, kind in _leaves(reference, outputs, problems):
         kind = kind or _inferred(motion, tensor, nodes)
@@ -342,7 +301,8 @@ def _leaves(
             return [(label, output, outputs)]
         problems.append(f"{label} is a tensor, but outputs= has a {type(outputs).__name__} of types for it")
         return []
-    if isinstance(output, Mapping):
+    if parts_of(output) is not None and not isinstance(output, tuple | list):
+        output = parts_of(output) or {}
         if isinstance(outputs, Mapping):
             missing = [key for key in outputs if key not in output]
             problems += [f"outputs names {key!r}, but {label} has the keys {list(output)}" for key in missing]
@@ -364,73 +324,18 @@ def _leaves(
             if part is not None and (outputs is None or kind is not None)
             for leaf in _leaves(part, kind, problems, f"output {number}")
         ]
-    problems.append(f"{label} is a {type(output).__name__}: only tensors, tuples, lists and dicts can be compared")
+    problems.append(f"{label} is a {type(output).__name__}: only tensors and containers of them can be compared")
     return []
 
 
-def _values(batch: Any) -> dict[int | str, Any]:
-    """Arguments of a batch by position, keyword or ``Data`` attribute."""
-    if isinstance(batch, tuple):
-        return dict(enumerate(batch))
-    if isinstance(batch, dict):
-        return dict(batch)
-    if _is_data(batch):
-        return {key: batch[key] for key in batch.keys()}  # noqa: SIM118  a Data iterates over pairs
-    return {0: batch}
-
-
-def _rebuilt(batch: Any, arguments: list[_Argument]) -> Any:
-    """The batch with these arguments, cloned: a model may write to its inputs."""
-    new = {argument.key: map_tensors(torch.clone, argument.value) for argument in arguments}
-    if _is_data(batch):
-        data = copy.copy(batch)
-        for key, value in new.items():
-            data[key] = value
-        return data
-    values = {**_values(batch), **new}
-    if isinstance(batch, tuple):
-        return tuple(values.values())
-    return values if isinstance(batch, dict) else values[0]
-
-
-def _is_data(batch: Any) -> bool:
-    return all(hasattr(batch, name) for name in ("keys", "apply", "clone")) and not isinstance(batch, Tensor)
-
-
-def _mapped(argument: _Argument, function: Callable[[Tensor, str], Tensor]) -> _Argument:
-    return replace(argument, value=map_tensors(lambda tensor: function(tensor, argument.kind), argument.value))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(keep, value)
-    return found
-
-
-def _nodes(arguments: list[_Argument]) -> int | None:
+def _nodes(arguments: list[Input]) -> int | None:
     """Number of nodes: the commonest size of the node axis."""
     sizes = [
-        tensor.shape[max(tensor.ndim - 2, 0)]
+        argument.value.shape[max(argument.value.ndim - 2, 0)]
         for argument in arguments
-        if argument.kind not in ("invariant", "edge_index", "image", "vector_image")
-        for tensor in _tensors(argument.value)
-        if tensor.ndim > 0
+        if argument.kind not in ("invariant", "edge_index", "image", "vector_image") and argument.value.ndim > 0
     ]
     return Counter(sizes).most_common(1)[0][0] if sizes else None
-
-
-def _parameter_names(model: Callable[..., Any]) -> list[str]:
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
-    except (TypeError, ValueError):  # a builtin shows no signature
-        return []
-    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, parameter in signature.parameters.items() if parameter.kind in named]
 
 
 def _relative(label: str, found: Tensor, expected: Tensor, reference: Tensor) -> Tensor:

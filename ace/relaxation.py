@@ -7,9 +7,7 @@ classes, state-dict keys and object identities stay.
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,38 +17,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ace.calls import call
+from ace.calls import call, merge, tensors_in
 from ace.errors import (
     AceError,
     AlreadyRelaxed,
+    CheckpointMismatch,
     ConstraintNotMet,
     LayerNotCalled,
-    NoLayerMatched,
-    NotAttachable,
     NotRelaxed,
     ShapeMismatch,
 )
-from ace.terms import (
-    MAPS,
-    Call,
-    Make,
-    Positions,
-    Site,
-    TermFactory,
-    generic_term,
-    registered_factory,
-    registered_types,
-    select_argument,
-)
+from ace.planning import NAME, Layers, not_called, plan
+from ace.probing import evaluating
+from ace.terms import MAPS, Make, Positions, Select, low_rank
 
 logger = logging.getLogger("ace")
 
 Model = TypeVar("Model", bound=nn.Module)
-Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]
-"""How layers are chosen: a type, a tuple of types, a regular expression searched in the path, or a predicate."""
-
-NAME = "relaxation"
-"""Name of the child module that a relaxed layer gets."""
 POSITIONS = "relaxation_positions"
 """Name of the child module that the whole model gets where terms read the positions."""
 SMALLEST_RATIO = 1e-6
@@ -69,18 +52,20 @@ class Relaxation(nn.Module):
         retired: Whether the term has been taken out of the forward pass for good (γ = 0).
         called: Whether the layer ran since the term was attached.
         dual: The vector of multipliers that a problem posed on the model keeps, and this layer's place in it.
+        strict: Layers of the model that were left strict, by path: class name and reason. Shared by all relaxations.
     """
 
-    def __init__(self, path: str, term: nn.Module, like: Tensor, normalize: bool = False) -> None:
+    def __init__(self, path: str, term: nn.Module, gamma: Tensor, normalize: bool = False) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))
-        self.term = term.to(dtype=like.dtype, device=like.device)
+        self.gamma = nn.Parameter(gamma)
+        self.term = term
         self.path = path
         self.normalize = normalize
         self.retired = False
         self.called = False
         self.sizes: list[tuple[Tensor, Tensor, int]] | None = None
         self.dual: tuple[Tensor, int] | None = None
+        self.strict: Mapping[str, tuple[str, str]] = {}
 
     def forward(self, stage: Any) -> Any:
         """Do nothing: a ``Sequential`` runs every child, so a child must be the identity."""
@@ -90,21 +75,12 @@ class Relaxation(nn.Module):
         """Forward hook of the layer: return f_eq + γ·f_neq."""
         del layer
         self.called = True
-        if self.retired:
+        # a compiled graph keeps retired terms, at γ = 0: to look at the switch would be to compile anew
+        if not torch.compiler.is_compiling() and self.retired:
             return None
-        return self._add(output, self.term(*args, **kwargs))
+        return merge(output, self.term(*args, **kwargs), self._add)
 
-    def _add(self, output: Any, change: Any) -> Any:
-        if isinstance(output, Tensor) and isinstance(change, Tensor):
-            return self._add_tensor(output, change)
-        parts = change if isinstance(change, Mapping) else dict(enumerate(change))
-        if isinstance(output, Mapping):
-            changed = {k: v if parts.get(k) is None else self._add(v, parts[k]) for k, v in output.items()}
-            return changed if type(output) is dict else type(output)(changed)  # type: ignore[call-arg]
-        new = [v if parts.get(k) is None else self._add(v, parts[k]) for k, v in enumerate(output)]
-        return type(output)(*new) if hasattr(output, "_fields") else type(output)(new)
-
-    def _add_tensor(self, output: Tensor, change: Tensor) -> Tensor:
+    def _add(self, output: Tensor, change: Tensor) -> Tensor:
         if change.shape != output.shape:
             raise ShapeMismatch(
                 f"{self.path}: the term returns shape {tuple(change.shape)} for an output of shape "
@@ -141,8 +117,10 @@ def relax(
     *,
     exclude: Layers | None = None,
     term: str | Make = "linear",
+    rank: int | None = None,
     normalize: bool = False,
-    positions: str | int | Callable[..., Tensor] | None = None,
+    positions: Select | None = None,
+    inputs: Mapping[int | str, str] | None = None,
 ) -> Model:
     r"""Add a relaxation term to each chosen layer: f = f_eq + γ·f_neq, with γ = 1 at the start.
 
@@ -150,28 +128,37 @@ def relax(
     ``<path>.relaxation.gamma`` and ``<path>.relaxation.term...``. Attach before ``torch.compile`` and before
     building the optimizer.
 
+    With an example, ace runs the model on it and on a transformed copy. A term beside a layer that sees only
+    invariant features would break no symmetry: it gets the positions as a second input, if the layer's rows are
+    those of the positions. If they are not, or if no output of the model depends on the layer, the layer stays
+    strict; ``ace.summary`` names such layers with the reason.
+
     Args:
         model: Any equivariant model.
         layers: Which layers: a type, a tuple of types, a regular expression searched in the module path, or a
-            predicate ``(path, module) -> bool``. Default: every layer whose type has a registered term.
+            predicate ``(path, module) -> bool``. Default: the outermost layers of registered types; in a model
+            that has none, the outermost layers that a dense term fits, found by running the example.
         example: What the model is called with: a tuple of positional arguments, a dict of keyword arguments,
             or one object. Needed where a term's sizes are read off the layer's input and output.
         exclude: Layers to leave strict, chosen in the same ways.
         term: The map inside a term: ``"linear"``, ``"mlp"``, ``"spectral"`` (linear, operator norm 1), or a
             function (features in, features out) -> module.
+        rank: Largest rank of a linear term: two thin layers instead of one full matrix, for wide layers.
         normalize: Scale each row of f_neq to the size of f_eq's row, so that γ is the relative norm of the
             relaxation and a tolerance on it means something. (A row of f_neq below 1e-6 of f_eq's stays smaller.)
-        positions: Positions as a second input of the terms: an argument index or keyword of the model, an
-            attribute of its input, or a function of its inputs that returns a tensor of shape (rows, d). For
-            layers that see only invariant features. Needs ``example``.
+        positions: Positions as a second input of all terms: an argument index or keyword of the model, an
+            attribute of its input, or a function of its inputs that returns a tensor of shape (rows, d). Needs
+            ``example``. Default: found by name or shape, and read only beside invariant layers.
+        inputs: Types of the model's inputs by argument position, argument name, key or attribute, as in
+            ``ace.equivariance_error``, where their names and shapes do not tell.
 
     Returns:
         The same model.
 
     Raises:
         AlreadyRelaxed: The model carries terms already.
-        NoLayerMatched: No layer was chosen; the message lists the nearest types.
-        NotAttachable: Some chosen layers cannot carry a term; all are listed with the reason.
+        NoLayerMatched: No layer was chosen, or none can carry a term; the message lists what was tried.
+        NotAttachable: Some layers named by ``layers`` cannot carry a term that acts; all are listed with the reason.
         LayerNotCalled: The example does not run some chosen layers through ``__call__``.
 
     Example:
@@ -187,44 +174,29 @@ def relax(
         )
     if isinstance(term, str) and term not in MAPS:
         raise AceError(f"unknown term {term!r}: choose one of {', '.join(map(repr, MAPS))}, or pass a function")
+    if rank is not None and (term != "linear" or rank < 1):
+        raise AceError(f"rank={rank!r} with term={term!r}: a rank is a number >= 1, and only linear terms have one")
     if positions is not None and example is None:
         raise AceError("positions= needs example=, which shows the layers whose rows are those of the positions")
-    make = MAPS[term] if isinstance(term, str) else term
-    chosen = _choose(model, layers, exclude)
-    calls = _record(model, chosen, example) if example is not None else {}
-    captured = _capture(positions, example) if positions is not None else None
-
-    terms: dict[str, nn.Module] = {}
-    problems: list[str] = []
-    for path, layer in chosen.items():
-        factory: TermFactory = registered_factory(layer) or generic_term
-        if isinstance(layer, torch.jit.ScriptModule):
-            problems.append(f"{path}: a scripted module takes no hooks; relax before scripting")
-            continue
-        if hasattr(layer, NAME):
-            problems.append(f"{path or '(root)'} ({type(layer).__name__}): it has an attribute {NAME!r} of its own")
-            continue
-        try:
-            terms[path] = factory(Site(path, layer, calls.get(path), make, captured))
-        except NotAttachable as problem:
-            problems.append(f"{path} ({type(layer).__name__}): {problem}")
-    if problems:
-        raise NotAttachable(
-            "no relaxation term fits these layers, so nothing was changed:\n  "
-            + "\n  ".join(problems)
-            + "\nleave them strict with exclude=, or choose other layers"
+    make = low_rank(rank) if rank is not None else MAPS[term] if isinstance(term, str) else term
+    planned = plan(model, layers, exclude, example, make, positions, inputs)
+    modules = dict(model.named_modules())
+    strict = {path: (type(modules[path]).__name__, reason) for path, reason in planned.strict.items()}
+    for path, term_ in planned.terms.items():
+        layer = modules[path]
+        sample = next((p for p in term_.parameters() if p.is_floating_point()), None)
+        gamma = torch.ones(
+            1, dtype=None if sample is None else sample.dtype, device=None if sample is None else sample.device
         )
-
-    for path, layer in chosen.items():
-        relaxation = Relaxation(path, terms[path], _like(layer, model, calls.get(path)), normalize)
+        relaxation = Relaxation(path, term_, gamma, normalize)
+        relaxation.strict = strict
         relaxation.train(layer.training)
         layer.add_module(NAME, relaxation)
         layer.register_forward_hook(relaxation.hook, with_kwargs=True)
-    if captured is not None:
-        captured.value = None
-        model.add_module(POSITIONS, captured)
-        model.register_forward_pre_hook(captured.capture, with_kwargs=True)
-        model.register_forward_hook(captured.release, always_call=True)
+    if planned.positions is not None:
+        planned.positions.value = None
+        model.add_module(POSITIONS, planned.positions)
+        model.register_forward_pre_hook(planned.positions.capture, with_kwargs=True)
     return model
 
 
@@ -354,7 +326,7 @@ def projection_gap(relaxed: nn.Module, example: Any) -> float:
         True
     """
     _require(relaxed)
-    with _evaluating(relaxed):
+    with evaluating(relaxed):
         with_terms = _flatten(call(relaxed, example))
         with restored(relaxed):
             without = _flatten(call(relaxed, example))
@@ -381,22 +353,55 @@ def base_state_dict(relaxed: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in relaxed.state_dict().items() if not key.startswith(ours)}
 
 
+def load_base_state_dict(relaxed: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the state dict of the plain model into a relaxed one: the way back of ``base_state_dict``.
+
+    γ and the terms stay as they are.
+
+    Args:
+        relaxed: A relaxed model.
+        state: State dict of the plain model.
+
+    Raises:
+        CheckpointMismatch: A key is missing or unexpected, or a shape differs; nothing was loaded.
+
+    Example:
+        >>> import torch, ace
+        >>> state = torch.nn.Linear(3, 3).state_dict()
+        >>> relaxed = ace.relax(torch.nn.Linear(3, 3), layers=torch.nn.Linear, example=torch.randn(5, 3))
+        >>> ace.load_base_state_dict(relaxed, state)
+        >>> torch.equal(relaxed.weight, state["weight"])
+        True
+    """
+    own = base_state_dict(relaxed)
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, here {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and isinstance(value, Tensor) and value.shape != state[key].shape
+    ]
+    if problems:
+        raise CheckpointMismatch(f"the state belongs to another model, nothing was loaded: {'; '.join(problems)}")
+    relaxed.load_state_dict({**relaxed.state_dict(), **state})
+
+
 @dataclass(frozen=True)
 class LayerStatus:
-    """One row of ``summary``: a relaxed layer.
+    """One row of ``summary``: a layer that was relaxed, or one that stayed strict.
 
     Attributes:
         path: Path of the layer in the model.
         type: Its class name.
-        gamma: Relaxation strength γ.
+        gamma: Relaxation strength γ, or None for a strict layer.
         ratio: ‖γ f_neq‖ / ‖f_eq‖ on the example, or None without an example.
         multiplier: Lagrange multiplier λ, or None before a ``Problem`` was posed.
-        status: ``relaxed``, ``met`` (γ = 0), ``retired`` or ``not called yet``.
+        status: ``relaxed``, ``met`` (γ = 0), ``retired``, ``not called yet``, or ``strict: `` and the reason.
     """
 
     path: str
     type: str
-    gamma: float
+    gamma: float | None
     ratio: float | None
     multiplier: float | None
     status: str
@@ -420,7 +425,9 @@ class Summary(tuple[LayerStatus, ...]):
 
 
 def summary(relaxed: nn.Module, example: Any = None) -> Summary:
-    """Describe each relaxed layer: path, type, γ, relative size of the relaxation, multiplier, status.
+    """Describe each layer: path, type, γ, relative size of the relaxation, multiplier, status.
+
+    Relaxed layers come first, then those that could have had a term but stay strict, with the reason.
 
     Args:
         relaxed: A relaxed model.
@@ -442,14 +449,14 @@ def summary(relaxed: nn.Module, example: Any = None) -> Summary:
     attached = _require(relaxed)
     ratios: list[float | None] = [None] * len(attached)
     if example is not None:
-        with _evaluating(relaxed), measuring(attached.values()) as sizes:
+        with evaluating(relaxed), measuring(attached.values()) as sizes:
             call(relaxed, example)
             ratios = [
                 relaxation.gamma.abs().item() * (neq / eq).sqrt().item() if eq else None
                 for relaxation, (neq, eq, _) in zip(attached.values(), sizes(), strict=True)
             ]
     parents = {id(layer._modules.get(NAME)): layer for layer in relaxed.modules()}
-    return Summary(
+    rows = [
         LayerStatus(
             path or "(root)",
             type(parents[id(relaxation)]).__name__,
@@ -459,7 +466,12 @@ def summary(relaxed: nn.Module, example: Any = None) -> Summary:
             _status(relaxation),
         )
         for (path, relaxation), ratio in zip(attached.items(), ratios, strict=True)
-    )
+    ]
+    rows += [
+        LayerStatus(path or "(root)", kind, None, None, None, f"strict: {reason}")
+        for path, (kind, reason) in next(iter(attached.values())).strict.items()
+    ]
+    return Summary(rows)
 
 
 @contextmanager
@@ -508,114 +520,7 @@ def check_called(model: nn.Module) -> None:
     """
     silent = [path for path, relaxation in relaxations(model).items() if not relaxation.called]
     if silent:
-        raise LayerNotCalled(_not_called(silent))
-
-
-def _not_called(paths: list[str]) -> str:
-    return (
-        f"these layers are never run through __call__, so a term there would never act: {', '.join(paths)}; call "
-        "layer(...) instead of layer.forward(...) or another method, or leave them out with exclude="
-    )
-
-
-def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> dict[str, nn.Module]:
-    known = registered_types()
-    picks = _matcher(known if layers is None else layers, "layers")
-    spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
-    chosen = {
-        path: module for path, module in model.named_modules() if picks(path, module) and not spared(path, module)
-    }
-    if chosen:
-        return chosen
-    present = sorted({type(module).__name__ for module in model.modules()})
-    if layers is None:
-        wanted = [layer_type.__name__ for layer_type in known]
-        hint = (
-            f"no layer of the model has a registered term (registered: {', '.join(sorted(wanted)) or 'none'}). Choose "
-            "layers by type, regular expression or predicate, and pass example="
-        )
-    else:
-        wanted = [layers] if isinstance(layers, str) else [t.__name__ for t in _types(layers)]
-        hint = f"no layer matched layers={layers!r}" + (f" and not exclude={exclude!r}" if exclude is not None else "")
-    score = {
-        name: max((difflib.SequenceMatcher(None, name.lower(), w.lower()).ratio() for w in wanted), default=0)
-        for name in present
-    }
-    nearest = sorted(present, key=lambda name: -score[name])[:5]
-    raise NoLayerMatched(f"{hint}. Nearest layer types in the model: {', '.join(nearest)}")
-
-
-def _types(layers: Layers) -> tuple[type[nn.Module], ...]:
-    if isinstance(layers, tuple):
-        return layers
-    return (layers,) if isinstance(layers, type) else ()
-
-
-def _matcher(layers: Layers, argument: str) -> Callable[[str, nn.Module], bool]:
-    if isinstance(layers, str):
-        try:
-            pattern = re.compile(layers)
-        except re.error as problem:
-            raise AceError(f"{argument}={layers!r} is no regular expression: {problem}") from problem
-        return lambda path, module: pattern.search(path) is not None
-    if isinstance(layers, type) or (isinstance(layers, tuple) and all(isinstance(kind, type) for kind in layers)):
-        return lambda path, module: isinstance(module, layers)
-    if not callable(layers):
-        raise AceError(
-            f"{argument}={layers!r}: pass a type, a tuple of types, a regular expression, or a function of path and "
-            "module"
-        )
-    return layers
-
-
-def _record(model: nn.Module, chosen: Mapping[str, nn.Module], example: Any) -> dict[str, Call]:
-    """Run the example and keep the first call of each chosen layer."""
-    calls: dict[str, Call] = {}
-
-    def recorder(path: str) -> Callable[..., None]:
-        def record(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            del layer
-            calls.setdefault(path, Call(args, kwargs, output))
-
-        return record
-
-    handles = [
-        layer.register_forward_hook(recorder(path), with_kwargs=True)
-        for path, layer in chosen.items()
-        if not isinstance(layer, torch.jit.ScriptModule)
-    ]
-    try:
-        with _evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [p for p, layer in chosen.items() if p not in calls and not isinstance(layer, torch.jit.ScriptModule)]
-    if silent:
-        raise LayerNotCalled(_not_called(silent))
-    return calls
-
-
-def _capture(select: str | int | Callable[..., Tensor], example: Any) -> Positions:
-    args: tuple[Any, ...] = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    value = select_argument(select, args, example if isinstance(example, dict) else {})
-    captured = Positions(select, value.shape[-1])
-    captured.value = value
-    return captured
-
-
-def _like(layer: nn.Module, model: nn.Module, recorded: Call | None) -> Tensor:
-    """Return a tensor with the dtype and device that the layer's term must have."""
-    outputs = recorded.output if recorded is not None else None
-    values = (
-        outputs.values()
-        if isinstance(outputs, Mapping)
-        else outputs
-        if isinstance(outputs, tuple | list)
-        else [outputs]
-    )
-    candidates = [*layer.parameters(), *(v for v in values if isinstance(v, Tensor)), *model.parameters()]
-    return next((tensor for tensor in candidates if tensor.is_floating_point()), torch.zeros(()))
+        raise LayerNotCalled(not_called(silent))
 
 
 def _require(model: nn.Module) -> dict[str, Relaxation]:
@@ -639,18 +544,6 @@ def _detach(layer: nn.Module, name: str) -> None:
     delattr(layer, name)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode and give each its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate running statistics as the plain average over the batches, whatever the class of BatchNorm."""
@@ -659,7 +552,7 @@ def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for m in model.modules()
         if hasattr(m, "running_mean") and isinstance(getattr(m, "momentum", None), float | None)
     ]
-    with _evaluating(model):
+    with evaluating(model):
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
@@ -675,20 +568,7 @@ def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 def _flatten(output: Any) -> Tensor:
     """Concatenate all floating-point entries of an output."""
-    found: list[Tensor] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            found.append(value.detach().reshape(-1))
-        elif isinstance(value, Mapping):
-            for part in value.values():
-                collect(part)
-        elif isinstance(value, tuple | list):
-            for part in value:
-                collect(part)
-
-    collect(output)
-    return torch.cat(found)
+    return torch.cat([tensor.detach().reshape(-1) for _, tensor in tensors_in(output) if tensor.is_floating_point()])
 
 
 def _number(value: float | None) -> str:

@@ -1,14 +1,13 @@
 """Relaxation terms: what is added to a layer, and which layer type gets which.
 
 A term is a module that is called with the arguments of its layer and returns what is to be added to the
-layer's output: one tensor, or a tuple or dict with an entry for each output that changes. ``DenseTerm`` is
-the term that fits most layers; ``register_term`` teaches ace a new layer type.
+layer's output: one tensor, or a container with an entry for each part that changes. ``DenseTerm`` is the term
+that fits most layers; ``register_term`` teaches ace a new layer type.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ace.errors import AceError, NotAttachable
+from ace.calls import Path, parts_of
+from ace.errors import AceError
 
 Make = Callable[[int, int], nn.Module]
 """Makes the map of a term from its numbers of input and output features."""
@@ -33,24 +33,75 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Port:
-    """An argument of a layer that its term reads, by position or by name."""
+    """A tensor among the arguments of a layer that its term reads.
+
+    Attributes:
+        index: Position of the argument.
+        name: Its name, for when it is passed by keyword.
+        width: Number of features: the product of the feature axes.
+        axes: The feature axes, counted from the end, in order; the other axes are rows.
+        inside: Where the tensor lies inside the argument, if that is a container.
+    """
 
     index: int
     name: str
     width: int
+    axes: tuple[int, ...] = (-1,)
+    inside: Path = ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the argument, tensor of shape (..., width)."""
-        value: Tensor = args[self.index] if self.index < len(args) else kwargs[self.name]
-        return value
+        """Return the argument with its feature axes flattened, tensor of shape (..., width)."""
+        value: Any = args[self.index] if self.index < len(args) else kwargs[self.name]
+        for key in self.inside:
+            parts = parts_of(value)
+            assert parts is not None
+            value = parts[key]
+        tensor: Tensor = value
+        return rows_first(tensor, self.axes)
 
 
 @dataclass(frozen=True)
 class Write:
-    """An output of a layer that its term changes: the output itself (None), or a place in a tuple or dict."""
+    """A tensor in the output of a layer that its term changes.
 
-    key: int | str | None
+    Attributes:
+        key: Where it lies in the output: None for the output itself, a key of a tuple or dict, or a path of keys.
+        width: Number of features: the product of the feature axes.
+        axes: The feature axes, counted from the end, in order; the other axes are rows.
+        shape: Sizes of the feature axes; the width alone where that is the last axis.
+    """
+
+    key: Any
     width: int
+    axes: tuple[int, ...] = (-1,)
+    shape: tuple[int, ...] = ()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return features of shape (..., width) in the layout of the output."""
+        if self.axes == (-1,):
+            return features
+        rows = features.dim() - 1
+        apart = features.unflatten(-1, self.shape)
+        output: Tensor = apart.movedim(tuple(range(rows, apart.dim())), self.axes)
+        return output
+
+
+def rows_first(value: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Move the feature axes of a tensor to the end and flatten them.
+
+    Example:
+        >>> rows_first(torch.ones(2, 5, 3, 7), (-3, -2)).shape
+        torch.Size([2, 7, 15])
+    """
+    if axes == (-1,):
+        return value
+    last = tuple(range(-len(axes), 0))
+    features: Tensor = value.movedim(axes, last).flatten(-len(axes))
+    return features
+
+
+Select = str | int | Port | Callable[..., Tensor]
+"""How the positions are found among a model's inputs: position, keyword, attribute, port, or function."""
 
 
 class Positions(nn.Module):
@@ -58,9 +109,10 @@ class Positions(nn.Module):
 
     Beside a layer that sees only invariant features a term on those features breaks no symmetry; with the
     positions as a second input it does. Registered once at the root of the model and shared by the terms.
+    The last positions are kept until the next forward pass, since activation checkpointing runs layers again.
     """
 
-    def __init__(self, select: str | int | Callable[..., Tensor], width: int) -> None:
+    def __init__(self, select: Select, width: int) -> None:
         super().__init__()
         self.select = select
         self.width = width
@@ -71,11 +123,6 @@ class Positions(nn.Module):
         del model
         self.value = select_argument(self.select, args, kwargs)
 
-    def release(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model: let the positions go, so that no graph is kept alive."""
-        del model, args, output
-        self.value = None
-
     def forward(self, stage: Any) -> Any:
         """Do nothing: a ``Sequential`` runs every child, so a child must be the identity."""
         return stage
@@ -84,12 +131,12 @@ class Positions(nn.Module):
         return {**self.__dict__, "value": None}  # never pickle or copy a tensor of a running graph
 
 
-def select_argument(
-    select: str | int | Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """Return the tensor among a model's inputs that ``select`` names (position, keyword, attribute, function)."""
+def select_argument(select: Select, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor among a model's inputs that ``select`` names (position, keyword, attribute, port, function)."""
     value: Any
-    if callable(select):
+    if isinstance(select, Port):
+        value = select(args, kwargs)
+    elif callable(select):
         value = select(*args, **kwargs)
     elif isinstance(select, int):
         value = args[select]
@@ -111,11 +158,14 @@ class DenseTerm(nn.Module):
 
     .. math:: f_\mathrm{neq}(x_1, x_2, \dots) = \mathrm{map}([x_1, x_2, \dots])
 
+    Features are the channels together with the components of vectors and tensors, wherever their axes are; rows
+    are the other axes: batch, nodes, edges, points.
+
     It mixes the components of all irreps freely, so it commutes with no group action: published as the
     dense branch of Pertigkiozoglou et al. (NeurIPS 2024, eq. 1).
 
     Args:
-        reads: The arguments whose last axes are concatenated; their leading axes must broadcast.
+        reads: The arguments whose features are concatenated; their rows must broadcast.
         writes: The outputs that receive the result, in order.
         make: Makes the map from (features in, features out).
         positions: Where the model's positions are captured, if they are a further input.
@@ -144,25 +194,31 @@ class DenseTerm(nn.Module):
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the concatenated features that the map reads, shape (..., features in)."""
         values = [port(args, kwargs) for port in self.reads]
+        rows = torch.broadcast_shapes(*(value.shape[:-1] for value in values))
         if self.positions is not None:
             if self.positions.value is None:
                 raise AceError(
                     "a relaxation term takes the positions, but its layer was run outside of the model "
                     "that was relaxed: call the whole model"
                 )
-            values.append(self.positions.value)
+            values.append(self.positions.value.to(values[0].dtype).reshape(*rows, self.positions.width))
         if len(values) == 1:
             return values[0]
-        rows = torch.broadcast_shapes(*(value.shape[:-1] for value in values))
         return torch.cat([value.expand(*rows, value.shape[-1]) for value in values], dim=-1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what is added to the layer's output, in the structure of that output."""
         change = self.map(self.inputs(args, kwargs))
         if self.writes[0].key is None:
-            return change
-        parts = change.split([write.width for write in self.writes], dim=-1)
-        return {write.key: part for write, part in zip(self.writes, parts, strict=True)}
+            return self.writes[0](change)
+        changes: dict[Any, Any] = {}
+        for write, part in zip(self.writes, change.split([write.width for write in self.writes], dim=-1), strict=True):
+            *outer, last = write.key if isinstance(write.key, tuple) else (write.key,)
+            place = changes
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = write(part)
+        return changes
 
 
 START = 0.1
@@ -215,6 +271,33 @@ class SpectralLinear(nn.Linear):
         return nn.functional.linear(input, self.weight / sigma, self.bias)
 
 
+def low_rank(rank: int) -> Make:
+    """Return a maker of dense maps of a given rank, for layers so wide that a full matrix costs too much.
+
+    The map is two linear layers with ``rank`` features between them, where that is less than a full matrix.
+
+    Args:
+        rank: Largest rank of the maps.
+
+    Returns:
+        A function (features in, features out) -> module.
+
+    Example:
+        >>> low_rank(4)(100, 50)
+        Sequential(
+          (0): Linear(in_features=100, out_features=4, bias=False)
+          (1): Linear(in_features=4, out_features=50, bias=True)
+        )
+    """
+
+    def make(features_in: int, features_out: int) -> nn.Module:
+        if rank * (features_in + features_out) >= features_in * features_out:
+            return linear(features_in, features_out)
+        return nn.Sequential(nn.Linear(features_in, rank, bias=False), linear(rank, features_out))
+
+    return make
+
+
 MAPS: dict[str, Make] = {"linear": linear, "mlp": MLP, "spectral": SpectralLinear}
 """The maps that ``relax(term=...)`` knows by name."""
 
@@ -229,6 +312,8 @@ class Site:
         call: How the example ran through it, or None without an example.
         make: Makes the dense map that the user chose.
         positions: The positions, if terms are to read them as well.
+        moved: The same call with the example transformed, where ace knows how.
+        nodes: Leading axes of the model's positions, () if unknown.
     """
 
     path: str
@@ -236,13 +321,15 @@ class Site:
     call: Call | None
     make: Make
     positions: Positions | None
+    moved: Call | None = None
+    nodes: tuple[int, ...] = ()
 
     def dense(self, reads: list[Port], writes: list[Write]) -> DenseTerm:
         """Make the dense term with these inputs and outputs, plus the positions where the rows agree."""
         positions = self.positions
         if positions is not None and positions.value is not None and self.call is not None:
             rows = reads[0](self.call.args, self.call.kwargs).shape[:-1]
-            positions = positions if positions.value.shape[:-1] == rows else None
+            positions = positions if positions.value.shape[:-1].numel() == rows.numel() else None
         return DenseTerm(reads, writes, self.make, positions)
 
 
@@ -254,10 +341,11 @@ class TermFactory(Protocol):
 
 
 _FACTORIES: dict[type[nn.Module], TermFactory] = {}
-_HOSTS = {"e3nn": "ace.hosts.e3nn", "torch_geometric": "ace.hosts.pyg"}
+_ON_REQUEST: set[type[nn.Module]] = set()
+_HOSTS = {"e3nn": "ace.hosts.e3nn", "torch_geometric": "ace.hosts.pyg", "escnn": "ace.hosts.escnn"}
 
 
-def register_term(*types: type[nn.Module]) -> Callable[[TermFactory], TermFactory]:
+def register_term(*types: type[nn.Module], default: bool = True) -> Callable[[TermFactory], TermFactory]:
     """Register how the relaxation term of a layer type is made; subclasses inherit it.
 
     The decorated function receives a ``Site`` (path, layer, recorded call, chosen map) and returns a module
@@ -265,6 +353,7 @@ def register_term(*types: type[nn.Module]) -> Callable[[TermFactory], TermFactor
 
     Args:
         types: The layer types.
+        default: Whether ``relax`` chooses these layers by itself; otherwise only when ``layers=`` names them.
 
     Returns:
         A decorator that leaves the function as it is.
@@ -284,6 +373,9 @@ def register_term(*types: type[nn.Module]) -> Callable[[TermFactory], TermFactor
     def decorate(factory: TermFactory) -> TermFactory:
         for layer_type in types:
             _FACTORIES[layer_type] = factory
+            _ON_REQUEST.discard(layer_type)
+            if not default:
+                _ON_REQUEST.add(layer_type)
         return factory
 
     return decorate
@@ -292,6 +384,11 @@ def register_term(*types: type[nn.Module]) -> Callable[[TermFactory], TermFactor
 def registered_factory(layer: nn.Module) -> TermFactory | None:
     """Return the factory registered for the nearest base class of a layer, or None."""
     return next((_FACTORIES[base] for base in type(layer).__mro__ if base in _FACTORIES), None)
+
+
+def is_default(layer: nn.Module) -> bool:
+    """Whether a layer of a registered type is one that ``relax`` chooses by itself."""
+    return next((base not in _ON_REQUEST for base in type(layer).__mro__ if base in _FACTORIES), False)
 
 
 def registered_types() -> tuple[type[nn.Module], ...]:
@@ -306,54 +403,3 @@ def registered_types() -> tuple[type[nn.Module], ...]:
         if library in sys.modules:
             importlib.import_module(rules)
     return tuple(_FACTORIES)
-
-
-def generic_term(site: Site) -> nn.Module:
-    """Make a dense term from the shapes seen when the example ran: the fall-back for any layer.
-
-    Written are the floating-point outputs whose leading axes are those of at least one floating-point
-    input; read are all floating-point inputs with the same leading axes.
-
-    Args:
-        site: The layer and its recorded call.
-
-    Returns:
-        A ``DenseTerm``.
-
-    Raises:
-        NotAttachable: Without an example, or where no input has the rows of an output.
-    """
-    if site.call is None:
-        raise NotAttachable(
-            f"the sizes of a {type(site.layer).__name__}'s term are read off a call: pass relax(..., example=batch)"
-        )
-    args, kwargs, output = site.call
-    names = list(inspect.signature(site.layer.forward).parameters)
-    inputs = [(index, names[index] if index < len(names) else "", value) for index, value in enumerate(args)]
-    inputs += [(names.index(name) if name in names else sys.maxsize, name, value) for name, value in kwargs.items()]
-    tensors = [(index, name, value) for index, name, value in inputs if _is_features(value)]
-    rows = {value.shape[:-1] for _, _, value in tensors}
-    changed = [(key, value) for key, value in _leaves(output) if _is_features(value) and value.shape[:-1] in rows]
-    if not changed:
-        raise NotAttachable(
-            "no output has the leading axes of an input, so no row-wise term fits: inputs "
-            f"{[tuple(value.shape) for _, _, value in tensors] or 'without floating-point tensors'}, outputs "
-            f"{[tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for _, v in _leaves(output)]}; attach "
-            "to a layer inside it, or register_term for its type"
-        )
-    shape = changed[0][1].shape[:-1]
-    reads = [Port(index, name, value.shape[-1]) for index, name, value in tensors if value.shape[:-1] == shape]
-    writes = [Write(key, value.shape[-1]) for key, value in changed if value.shape[:-1] == shape]
-    return site.dense(reads, writes)
-
-
-def _is_features(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 and value.shape[-1] > 0
-
-
-def _leaves(output: Any) -> list[tuple[int | str | None, Any]]:
-    if isinstance(output, Mapping):
-        return list(output.items())
-    if isinstance(output, tuple | list):
-        return list(enumerate(output))
-    return [(None, output)]

@@ -187,11 +187,12 @@ def test_message_passing_to_a_tensor_and_to_a_tuple():
     assert list(ace.relaxations(relaxed)) == ["first", "second"]
     one, two = (relaxation.term for relaxation in ace.relaxations(relaxed).values())
     assert isinstance(one, DenseTerm)
+    assert one.positions is not None  # the first layer sees only invariants
     assert [(port.name, port.width) for port in two.reads] == [("x", 4), ("pos", 3)]
     assert [(write.key, write.width) for write in two.writes] == [(0, 4), (1, 3)]
-    hidden = model.first(x, edge_index)
-    torch.testing.assert_close(hidden, first + one.map(x))
     features, positions = relaxed(*inputs)
+    hidden = model.first(x, edge_index)
+    torch.testing.assert_close(hidden, first + one.map(torch.cat((x, pos), -1)))
     with ace.restored(relaxed):
         plain_features, plain_positions = model.second(hidden, pos, edge_index)
     change = two.map(torch.cat((hidden, pos), -1))
@@ -228,5 +229,7 @@ def test_layers_that_torch_geometric_ships():
 
 
 def test_default_layers_of_a_model_without_any():
-    with pytest.raises(NoLayerMatched, match="MessagePassing"):
-        ace.relax(nn.Sequential(nn.Linear(2, 2)), example=torch.zeros(1, 2))
+    with pytest.raises(NoLayerMatched, match=r"MessagePassing.*pass example="):
+        ace.relax(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(NoLayerMatched, match="no layer with parameters ran"):
+        ace.relax(nn.Sequential(nn.ReLU()), example=torch.zeros(1, 2))

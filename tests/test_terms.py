@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ace
-from ace.errors import AceError, NotAttachable
+from ace.errors import AceError, NoLayerMatched, NotAttachable
 from ace.terms import MAPS, MLP, DenseTerm, Port, SpectralLinear, Write, registered_factory
 
 
@@ -173,6 +173,8 @@ def test_a_registered_term_may_refuse():
         raise NotAttachable("only on Sundays")
 
     with pytest.raises(NotAttachable, match=r"0 \(Registered\): only on Sundays"):
+        ace.relax(nn.Sequential(Registered()), layers=Registered, example=torch.zeros(1, 3))
+    with pytest.raises(NoLayerMatched, match="0: only on Sundays"):
         ace.relax(nn.Sequential(Registered()), example=torch.zeros(1, 3))
 
 
@@ -213,9 +215,10 @@ def test_positions_only_where_the_rows_are_theirs():
             return self.node(h).sum() + self.edge(e).sum()
 
     example = {"pos": torch.randn(4, 3), "h": torch.randn(4, 2), "e": torch.randn(9, 1)}
-    relaxed = ace.relax(Model(), layers=nn.Linear, example=example, positions="pos")
+    with pytest.raises(NotAttachable, match=r"edge \(Linear\): it sees only invariant features.*not those of the pos"):
+        ace.relax(Model(), layers=nn.Linear, example=example, positions="pos")
+    relaxed = ace.relax(Model(), layers=nn.Linear, exclude="edge", example=example, positions="pos")
     assert relaxed.node.relaxation.term.map.in_features == 5
-    assert relaxed.edge.relaxation.term.map.in_features == 1
 
 
 def test_positions_as_an_attribute_of_the_input():

@@ -1,0 +1,160 @@
+"""Run the example through a model and judge, layer by layer, whether a relaxation term there would act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace.calls import call, map_tensors, merge, tensors_in
+from ace.generic import same, tolerance_of
+from ace.terms import Call, Positions
+
+
+def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> dict[str, Call]:
+    """Run the example and keep the first call of each layer.
+
+    Args:
+        model: The model; it runs in eval mode, and its training flags are put back.
+        layers: The layers to watch, by path.
+        example: What the model is called with.
+
+    Returns:
+        The calls by path, in the order in which they ended; layers that did not run are missing.
+    """
+    calls: dict[str, Call] = {}
+    handles = []
+    for path, layer in layers.items():
+        if isinstance(layer, torch.jit.ScriptModule):
+            continue
+
+        def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            del layer
+            if path not in calls:
+                # copies of the containers: a later layer may write into a dict that this one was given
+                whole = isinstance(output, Tensor) or all(output is not value for value in (*args, *kwargs.values()))
+                args, kwargs = (
+                    (map_tensors(lambda tensor: tensor, value) for value in (args, kwargs)) if whole else (args, kwargs)
+                )
+                calls[path] = Call(args, kwargs, output)
+
+        handles.append(layer.register_forward_hook(keep, with_kwargs=True))
+    try:
+        with evaluating(model), same_randomness():
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def is_inert(term: nn.Module, seen: Call, moved: Call, positions: tuple[Positions, Tensor] | None) -> bool:
+    r"""Whether a term breaks no symmetry: it transforms as the layer's output does.
+
+    With :math:`x` and :math:`x'` what the layer is given for the example and for its transform, the term is inert
+    if :math:`f_\\mathrm{neq}(x') = f_\\mathrm{neq}(x)` where the output is invariant, or if it changes and yet
+    keeps the norm of each row.
+
+    Args:
+        term: The term, not attached yet.
+        seen: The layer's call on the example.
+        moved: Its call on the transformed example.
+        positions: Where the term reads the positions, and those of the transformed example; None if it does not.
+
+    Returns:
+        True only if it is certain: False where the two calls cannot be compared.
+    """
+    before = dict(tensors_in(term(*seen.args, **seen.kwargs)))
+    if positions is None:
+        after = dict(tensors_in(term(*moved.args, **moved.kwargs)))
+    else:
+        capture, elsewhere = positions
+        here, capture.value = capture.value, elsewhere
+        try:
+            after = dict(tensors_in(term(*moved.args, **moved.kwargs)))
+        finally:
+            capture.value = here
+    outputs, moved_outputs = dict(tensors_in(seen.output)), dict(tensors_in(moved.output))
+    for path, change in before.items():
+        if path not in after or after[path].shape != change.shape:
+            return False
+        tolerance = tolerance_of(change)
+        if same(change, after[path], tolerance):
+            if not same(outputs[path], moved_outputs[path], tolerance):
+                return False  # the output moves and the term does not
+        elif not same(_row_norms(change), _row_norms(after[path]), tolerance):
+            return False
+    return True
+
+
+def unreached(
+    model: nn.Module, layers: Mapping[str, nn.Module], terms: Mapping[str, nn.Module], example: Any
+) -> list[str]:
+    """Find the terms that no output of the model depends on.
+
+    Each term is added with strength 0 in one forward pass, and the derivative of the outputs with respect to the
+    strengths is taken in one backward pass.
+
+    Args:
+        model: The model.
+        layers: Its layers, by path.
+        terms: Their terms, by path, not attached yet.
+        example: What the model is called with.
+
+    Returns:
+        The paths of the terms from which no output descends; none if the outputs carry no graph at all.
+    """
+    strengths = {path: torch.zeros(1, requires_grad=True) for path in terms}
+    handles = []
+    for path, term in terms.items():
+
+        def add(layer: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, term: nn.Module = term) -> Any:
+            del layer
+            strength = strengths[path]
+            return merge(
+                output, term(*args, **kwargs), lambda y, change: y + (strength.to(y.device) * change).to(y.dtype)
+            )
+
+        handles.append(layers[path].register_forward_hook(add, with_kwargs=True))
+    try:
+        with evaluating(model), same_randomness(), torch.enable_grad():
+            output = call(model, example)
+            found = [tensor for _, tensor in tensors_in(output) if tensor.requires_grad]
+            if not found:
+                return []
+            total = torch.stack([tensor.double().sum() for tensor in found]).sum()
+            slopes = torch.autograd.grad(total, list(strengths.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path, slope in zip(terms, slopes, strict=True) if slope is None]
+
+
+def _row_norms(value: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(value.reshape(value.shape[0] if value.dim() else 1, -1), dim=1)
+    return norms
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode and give each its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)  # some layers drop what eval mode has cached; parents come before their children
+
+
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Give a model that draws random numbers the same ones each time, and put the random state back."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
