@@ -126,7 +126,7 @@ class VNMeanPool(nn.Module):
         return x.mean(-1)
 
 
-class VNBlock(nn.Sequential):
+class VNBlock(nn.Module):
     """Linear map, batch normalisation and leaky ReLU.
 
     Args:
@@ -139,7 +139,14 @@ class VNBlock(nn.Sequential):
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(VNLinear(channels_in, channels_out), VNBatchNorm(channels_out), VNLeakyReLU(channels_out))
+        super().__init__()
+        self.linear = VNLinear(channels_in, channels_out)
+        self.norm = VNBatchNorm(channels_out)
+        self.activation = VNLeakyReLU(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return vectors of shape (B, C', 3, ...)."""
+        return self.activation(self.norm(self.linear(x)))
 
 
 class VNStdFeature(nn.Module):
