@@ -321,7 +321,7 @@ DEFECTS = [
     (a_hook, "restored_is_plain", "_forward_pre_hooks was 0, is 1"),
     (another_mode, "restored_is_plain", "training was True, is False"),
     (no_gradient, "training", "does not move γ at 'layers.1'"),
-    (no_gradient, "summary", "idle terms"),
+    (no_gradient, "summary", "these terms add nothing: layers.1"),
     (not_finite, "training", "cannot be trained, the plain model can: NonFiniteLoss"),
     (not_finite, "float32", "an output is not finite"),
     (first_backward_only, "accumulation", "are not the whole batch"),
