@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -206,8 +207,19 @@ def test_term_is_an_ordinary_convolution(dimensions, options, name):
     torch.testing.assert_close(result.tensor - plain, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_term_of_low_rank():
+    layer = convolution(padding=1).train()
+    x = layer.in_type(torch.randn(2, layer.in_type.size, 7, 7))
+    plain = layer(x).tensor
+    narrow, wide = ace.relax(layer, rank=2).relaxation.term.map
+    kernel = (wide.weight @ narrow.weight).reshape(layer.out_type.size, layer.in_type.size, 3, 3)
+    assert torch.linalg.matrix_rank(kernel.flatten(1)) == 2
+    expected = plain + nn.functional.conv2d(x.tensor, kernel, wide.bias, padding=1)
+    torch.testing.assert_close(layer(x).tensor, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_term_starts_small():
-    layer = ace.relax(convolution(groups=1))
+    layer = ace.relax(convolution())
     fan_in = layer.in_type.size * 9
     assert float(layer.relaxation.term.map.weight.detach().abs().max()) <= START / fan_in**0.5
 
@@ -264,6 +276,19 @@ def test_relaxing_leaves_the_mode_and_the_state_dict(training):
         model[0].weights.mul_(2)
     relaxed.train().eval()
     assert torch.equal(model[0].filter, model[0].expand_parameters()[0])
+
+
+@pytest.mark.parametrize("host", [TestC4, TestVectors])
+def test_weights_kept_in_eval_mode_carry_no_graph(host):
+    model, x = host().model(), host().batch()
+    with torch.no_grad():
+        model.eval()
+    relaxed = ace.relax(model, example=x)
+    ace.summary(relaxed, example=x)
+    copy.deepcopy(relaxed)
+    for _ in range(2):
+        relaxed(x).sum().backward()
+    assert not any(buffer.requires_grad for buffer in relaxed.buffers())
 
 
 def test_two_models_share_the_basis_and_nothing_else():
