@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from e3nn import o3
+from e3nn.nn import Gate
 from torch import nn
 
 from ace.terms import Port, Site, Write, register_term
@@ -30,3 +31,10 @@ def tensor_square_term(site: Site) -> nn.Module:
     """Read the one input, which is both factors."""
     layer = cast("o3.TensorSquare", site.layer)
     return site.dense([Port(0, "x", layer.irreps_in.dim)], [Write(None, layer.irreps_out.dim)])
+
+
+@register_term(Gate, default=False)
+def gate_term(site: Site) -> nn.Module:
+    """Read scalars, gates and what they gate. On request only: the linear layers around a gate have terms."""
+    layer = cast("Gate", site.layer)
+    return site.dense([Port(0, "features", layer.irreps_in.dim)], [Write(None, layer.irreps_out.dim)])
