@@ -163,30 +163,34 @@ def map_paths(function: Callable[[Path, Tensor], Tensor], value: Any, path: Path
     return rebuild(value, {key: map_paths(function, part, (*path, key)) for key, part in parts.items()})
 
 
-def merge(output: Any, change: Any, function: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def merge(output: Any, change: Any, function: Callable[[Path, Tensor, Tensor], Tensor], path: Path = ()) -> Any:
     """Combine a layer's output with what its term returned.
 
     Args:
         output: What the layer returned.
         change: What the term returned: a tensor, or a container with an entry for each part that changes.
-        function: Makes the new tensor from a tensor of the output and one of the change.
+        function: Makes the new tensor from its path, a tensor of the output and one of the change.
+        path: Where ``output`` lies.
 
     Returns:
         The output with the changed tensors replaced; parts without an entry are passed on.
 
     Example:
         >>> import torch
-        >>> merge((torch.ones(1), "kept"), {0: torch.ones(1)}, torch.add)
+        >>> merge((torch.ones(1), "kept"), {0: torch.ones(1)}, lambda path, y, change: y + change)
         (tensor([2.]), 'kept')
     """
     if isinstance(output, Tensor) and isinstance(change, Tensor):
-        return function(output, change)
+        return function(path, output, change)
     changed, parts = parts_of(change), parts_of(output)
     if parts is None or changed is None:
         raise TypeError(f"a change of type {type(change).__name__} does not fit an output {type(output).__name__}")
     return rebuild(
         output,
-        {key: part if changed.get(key) is None else merge(part, changed[key], function) for key, part in parts.items()},
+        {
+            key: part if changed.get(key) is None else merge(part, changed[key], function, (*path, key))
+            for key, part in parts.items()
+        },
     )
 
 

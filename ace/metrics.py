@@ -17,6 +17,7 @@ from ace.errors import AceError, ShapeMismatch
 from ace.groups import TYPES, Element, Generator, Group, Permutations, act, act_generator, finding, jvp
 from ace.inputs import TYPE_OF_NAME, UNMOVED, Input, model_inputs, unused_names, with_inputs
 from ace.probing import evaluating, same_randomness
+from ace.terms import load_hosts
 
 Types = str | Sequence[Any] | Mapping[str, Any] | None
 
@@ -210,6 +211,7 @@ def _evaluating(
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
+    load_hosts()  # a batch may be of a class that a library's rules know
     if dtype is not None and isinstance(model, torch.nn.Module):
         model = copy.deepcopy(model).to(dtype)
 

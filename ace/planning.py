@@ -266,16 +266,14 @@ def _outermost(model: nn.Module, trial: _Trial, spared: Callable[[str, nn.Module
     before = dict(trial.strict)
     for own in (True, False):
         trial.strict = dict(before)
-        fits = {
-            path
-            for path, module in trial.layers.items()
-            if path in trial.calls and _is_layer(module, own) and not spared(path, module)
-        }
-        for path in list(fits):
-            problem = trial.attempt(path)
-            if problem is not None:
-                fits.discard(path)
-                trial.strict[path] = problem
+        fits: set[str] = set()
+        for path, module in trial.layers.items():  # in module order: the terms draw their weights one after the other
+            if path in trial.calls and _is_layer(module, own) and not spared(path, module):
+                problem = trial.attempt(path)
+                if problem is None:
+                    fits.add(path)
+                else:
+                    trial.strict[path] = problem
         stacks = {path for path in fits if _is_stack(path, trial.layers, fits)}
         wrapper: str | None = ""
         while wrapper is not None and (inner := _outer(wrapper, fits)):

@@ -57,7 +57,7 @@ def is_inert(term: nn.Module, seen: Call, moved: Call, positions: tuple[Position
 
     With :math:`x` and :math:`x'` what the layer is given for the example and for its transform, the term is inert
     if :math:`f_\\mathrm{neq}(x') = f_\\mathrm{neq}(x)` where the output is invariant, or if it changes and yet
-    keeps the norm of each row.
+    keeps, in each row, its norm and its product with the layer's output, as an orthogonal action on both does.
 
     Args:
         term: The term, not attached yet.
@@ -86,8 +86,14 @@ def is_inert(term: nn.Module, seen: Call, moved: Call, positions: tuple[Position
         if same(change, after[path], tolerance):
             if not same(outputs[path], moved_outputs[path], tolerance):
                 return False  # the output moves and the term does not
-        elif not same(_row_norms(change), _row_norms(after[path]), tolerance):
-            return False
+        else:
+            rows, rows_after = _rows(change), _rows(after[path])
+            if not same(rows.norm(dim=1), rows_after.norm(dim=1), tolerance):
+                return False
+            products = (rows * _rows(outputs[path])).sum(1), (rows_after * _rows(moved_outputs[path])).sum(1)
+            scale = (rows.norm(dim=1) * _rows(outputs[path]).norm(dim=1)).norm()
+            if (products[0] - products[1]).norm() > tolerance * scale:
+                return False
     return True
 
 
@@ -96,8 +102,9 @@ def unreached(
 ) -> list[str]:
     """Find the terms that no output of the model depends on.
 
-    Each term is added with strength 0 in one forward pass, and the derivative of the outputs with respect to the
-    strengths is taken in one backward pass.
+    Each term is added with strength 0 in one forward pass; then the graphs of the outputs are searched for the
+    strengths. (No backward pass: a model of forces may have freed its graph already. And a derivative that
+    happens to be 0, as behind a gate that starts at 0, is no reason to leave a layer strict.)
 
     Args:
         model: The model.
@@ -116,40 +123,48 @@ def unreached(
             del layer
             strength = strengths[path]
             return merge(
-                output, term(*args, **kwargs), lambda y, change: y + (strength.to(y.device) * change).to(y.dtype)
+                output, term(*args, **kwargs), lambda _, y, change: y + (strength.to(y.device) * change).to(y.dtype)
             )
 
         handles.append(layers[path].register_forward_hook(add, with_kwargs=True))
     try:
         with evaluating(model), same_randomness(), torch.enable_grad():
             output = call(model, example)
-            found = [tensor for _, tensor in tensors_in(output) if tensor.requires_grad]
-            if not found:
-                return []
-            total = torch.stack([tensor.double().sum() for tensor in found]).sum()
-            slopes = torch.autograd.grad(total, list(strengths.values()), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return [path for path, slope in zip(terms, slopes, strict=True) if slope is None]
+    nodes = {tensor.grad_fn for _, tensor in tensors_in(output) if tensor.grad_fn is not None}
+    if not nodes:
+        return []
+    waiting, leaves = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        leaves.add(id(getattr(node, "variable", None)))
+        new = {parent for parent, _ in node.next_functions if parent is not None} - nodes
+        nodes |= new
+        waiting.extend(new)
+    return [path for path, strength in strengths.items() if id(strength) not in leaves]
 
 
-def _row_norms(value: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(value.reshape(value.shape[0] if value.dim() else 1, -1), dim=1)
-    return norms
+def _rows(value: Tensor) -> Tensor:
+    return value.reshape(value.shape[0] if value.dim() else 1, -1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode and give each its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with torch.no_grad():  # some layers cache their weights in eval mode: the cache must carry no graph
+        model.eval()
     try:
         yield
     finally:
+        with torch.no_grad():
+            for module, mode in modes:
+                if module.training != mode:
+                    module.train(mode)  # drops such a cache; parents come before their children
         for module, mode in modes:
-            if module.training != mode:
-                module.train(mode)  # some layers drop what eval mode has cached; parents come before their children
+            module.training = mode  # a module that two parents share
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ace.calls import call, merge, tensors_in
+from ace.calls import Path, call, merge, tensors_in
 from ace.errors import (
     AceError,
     AlreadyRelaxed,
@@ -61,6 +61,7 @@ class Relaxation(nn.Module):
         self.term = term
         self.path = path
         self.normalize = normalize
+        self.axes: Mapping[Path, tuple[int, ...]] = getattr(term, "feature_axes", {})
         self.retired = False
         self.called = False
         self.sizes: list[tuple[Tensor, Tensor, int]] | None = None
@@ -80,15 +81,16 @@ class Relaxation(nn.Module):
             return None
         return merge(output, self.term(*args, **kwargs), self._add)
 
-    def _add(self, output: Tensor, change: Tensor) -> Tensor:
+    def _add(self, place: Path, output: Tensor, change: Tensor) -> Tensor:
         if change.shape != output.shape:
             raise ShapeMismatch(
                 f"{self.path}: the term returns shape {tuple(change.shape)} for an output of shape "
                 f"{tuple(output.shape)}"
             )
         if self.normalize:
-            norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
-            size = torch.linalg.vector_norm(output.detach(), dim=-1, keepdim=True)
+            axes = self.axes.get(place, (-1,))
+            norm = torch.linalg.vector_norm(change, dim=axes, keepdim=True)
+            size = torch.linalg.vector_norm(output.detach(), dim=axes, keepdim=True)
             # a row of zeros has no direction: there the factor stays finite
             change = change * (size / torch.maximum(norm, SMALLEST_RATIO * size + torch.finfo(norm.dtype).tiny))
         if self.sizes is not None:
@@ -143,7 +145,8 @@ def relax(
         exclude: Layers to leave strict, chosen in the same ways.
         term: The map inside a term: ``"linear"``, ``"mlp"``, ``"spectral"`` (linear, operator norm 1), or a
             function (features in, features out) -> module.
-        rank: Largest rank of a linear term: two thin layers instead of one full matrix, for wide layers.
+        rank: Largest rank of a linear term: two thin layers instead of one full matrix. Default: full, but 32 where
+            a full matrix had more than 2¹⁷ weights.
         normalize: Scale each row of f_neq to the size of f_eq's row, so that γ is the relative norm of the
             relaxation and a tolerance on it means something. (A row of f_neq below 1e-6 of f_eq's stays smaller.)
         positions: Positions as a second input of all terms: an argument index or keyword of the model, an
@@ -286,7 +289,7 @@ def restore(relaxed: Model, example: Any = None, recalibrate: Iterable[Any] | No
     gap = projection_gap(relaxed, example) if example is not None else (0.0 if largest == 0.0 else None)
     for layer in list(relaxed.modules()):
         for name, kind in ((NAME, Relaxation), (POSITIONS, Positions)):
-            if isinstance(layer._modules.get(name), kind):
+            if name in layer._modules and isinstance(layer._modules[name], kind):
                 _detach(layer, name)
     measured = "not measured (pass example= to measure it)" if gap is None else f"{gap:.3g}"
     logger.info("restored %d layers: max |γ| %.3g, projection gap %s", len(attached), largest, measured)
@@ -455,7 +458,7 @@ def summary(relaxed: nn.Module, example: Any = None) -> Summary:
                 relaxation.gamma.abs().item() * (neq / eq).sqrt().item() if eq else None
                 for relaxation, (neq, eq, _) in zip(attached.values(), sizes(), strict=True)
             ]
-    parents = {id(layer._modules.get(NAME)): layer for layer in relaxed.modules()}
+    parents = {id(layer._modules[NAME]): layer for layer in relaxed.modules() if NAME in layer._modules}
     rows = [
         LayerStatus(
             path or "(root)",

@@ -191,6 +191,12 @@ class DenseTerm(nn.Module):
         width = sum(port.width for port in reads) + (positions.width if positions is not None else 0)
         self.map = make(width, sum(write.width for write in writes))
 
+    @property
+    def feature_axes(self) -> dict[Path, tuple[int, ...]]:
+        """The feature axes of each output that is changed, by its path."""
+        keys = [() if w.key is None else w.key if isinstance(w.key, tuple) else (w.key,) for w in self.writes]
+        return {key: write.axes for key, write in zip(keys, self.writes, strict=True)}
+
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the concatenated features that the map reads, shape (..., features in)."""
         values = [port(args, kwargs) for port in self.reads]
@@ -271,6 +277,18 @@ class SpectralLinear(nn.Linear):
         return nn.functional.linear(input, self.weight / sigma, self.bias)
 
 
+WIDE = 2**17
+"""Weights of a full matrix above which a linear term has low rank, unless the user says otherwise."""
+RANK = 32
+"""Rank of the linear terms of such wide layers: without it they had many times the weights of the model itself."""
+
+
+def linear_or_low_rank(features_in: int, features_out: int) -> nn.Module:
+    """Return a dense map, of rank ``RANK`` if a full matrix had more than ``WIDE`` weights."""
+    wide = features_in * features_out > WIDE
+    return low_rank(RANK)(features_in, features_out) if wide else linear(features_in, features_out)
+
+
 def low_rank(rank: int) -> Make:
     """Return a maker of dense maps of a given rank, for layers so wide that a full matrix costs too much.
 
@@ -298,7 +316,7 @@ def low_rank(rank: int) -> Make:
     return make
 
 
-MAPS: dict[str, Make] = {"linear": linear, "mlp": MLP, "spectral": SpectralLinear}
+MAPS: dict[str, Make] = {"linear": linear_or_low_rank, "mlp": MLP, "spectral": SpectralLinear}
 """The maps that ``relax(term=...)`` knows by name."""
 
 
@@ -399,7 +417,12 @@ def registered_types() -> tuple[type[nn.Module], ...]:
         >>> e3nn.o3.Linear in registered_types()
         True
     """
+    load_hosts()
+    return tuple(_FACTORIES)
+
+
+def load_hosts() -> None:
+    """Load the rules of those libraries that are imported."""
     for library, rules in _HOSTS.items():
         if library in sys.modules:
             importlib.import_module(rules)
-    return tuple(_FACTORIES)

@@ -58,6 +58,7 @@ class ConvolutionTerm(nn.Module):
         self.stride, self.dilation = _each(layer.stride, layer.d), _each(layer.dilation, layer.d)
         self.padding = [side for size in reversed(_each(layer.padding, layer.d)) for side in (size, size)]
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.feature_axes = {("tensor",): (1,)}
         self.map = make(layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size)
 
     def forward(self, input: enn.GeometricTensor) -> dict[str, Tensor]:  # noqa: A002 (the name the layers use)
