@@ -148,32 +148,35 @@ def _layouts(
     for path, value in tensors:
         dim = value.dim()
         leading = len(nodes) if nodes and dim > len(nodes) and tuple(value.shape[: len(nodes)]) == nodes else 1
+        resized = _resized(value, [other for _, other in others])
+        if resized is not None and resized < -dim + leading:
+            leading = 1  # what looked like nodes are channels: a list of vectors is no list of points
         rows = range(-dim, -dim + leading)
         vectors = components(value, moved[path], tolerance_of(value), rows) if path in moved else ()
         free = [axis for axis in range(-dim + leading, 0) if axis not in vectors]
         features = {*vectors, *(axis for axis in free if value.shape[axis] == 1)}
-        channel = _channel(value, free, sizes, [other for _, other in others], bool(vectors))
+        channel = resized if resized in free else _channel(value, free, sizes, bool(vectors))
         axes = tuple(sorted(features if channel is None else {*features, channel})) or (-1,)
         layouts.append(Layout(axes, tuple(value.shape[axis] for axis in range(-dim, 0) if axis not in axes)))
     return layouts
 
 
-def _channel(value: Tensor, free: list[int], sizes: set[int], others: list[Tensor], vectors: bool) -> int | None:
-    """Which of the free axes holds the channels."""
-    wide = [axis for axis in free if value.shape[axis] > 1]
+def _resized(value: Tensor, others: list[Tensor]) -> int | None:
+    """The one axis, counted from the end, in which a tensor differs from what the layer makes of it: the channels."""
     for other in others:
-        # a layer that changes the number of channels changes nothing else
-        if other.dim() != value.dim():
-            continue
-        differing = [axis for axis in range(-value.dim(), 0) if other.shape[axis] != value.shape[axis]]
-        if len(differing) == 1 and differing[0] in free:
-            return differing[0]
-    known = [axis for axis in wide if value.shape[axis] in sizes]
+        if other.dim() == value.dim():
+            differing = [axis for axis in range(-value.dim(), 0) if other.shape[axis] != value.shape[axis]]
+            if len(differing) == 1 and differing[0] != -value.dim():
+                return differing[0]
+    return None
+
+
+def _channel(value: Tensor, free: list[int], sizes: set[int], vectors: bool) -> int | None:
+    """Which of the free axes holds the channels, by the sizes of the layer's parameters; else the last."""
+    known = [axis for axis in free if value.shape[axis] > 1 and value.shape[axis] in sizes]
     if known:
         return known[-1]
-    if -1 in free:
-        return -1 if not vectors else None
-    return None
+    return -1 if -1 in free and not vectors else None
 
 
 def _shared_rows(site: Site, inputs: list[Layout], outputs: list[Layout]) -> tuple[int, ...] | None:
