@@ -8,7 +8,7 @@ READY := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types docs bench clean
+.PHONY: help install demo test test-slow hosts lint types docs bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,30 @@ test: $(READY) ## Run the tests and the examples in the docstrings, except the s
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow tests
+
+# Libraries that exclude one another have environments of their own: tests/hosts/environments/NAME.txt is installed into
+# .venvs/NAME, then ace, then what must come without its own requirements; the file says why.
+HOSTS := $(basename $(notdir $(wildcard tests/hosts/environments/*.txt)))
+ACE_OPTIONS_mace := --no-deps
+WITHOUT_REQUIREMENTS_escnn := escnn==1.0.11
+WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
+
+.venvs/%/.installed: tests/hosts/environments/%.txt pyproject.toml
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install -r $<
+	.venvs/$*/bin/python -m pip install $(ACE_OPTIONS_$*) -e .
+	$(if $(WITHOUT_REQUIREMENTS_$*),.venvs/$*/bin/python -m pip install --no-deps $(WITHOUT_REQUIREMENTS_$*))
+	@touch $@
+
+# An environment of one library runs the tests and the page of that library; the shared one runs all it can import.
+hosts: $(HOSTS:%=.venvs/%/.installed) ## Test the models of other libraries, each where it can be installed; write docs/hosts/results.csv
+	@failed=; for name in $(HOSTS); do \
+	  echo "== $$name"; \
+	  what=tests/hosts; \
+	  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py -k $$name"; fi; \
+	  .venvs/$$name/bin/python -m pytest -p tests.hosts.report --environment $$name -m "not slow" $$what || failed="$$failed $$name"; \
+	done; \
+	test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
 
 lint: $(READY) ## Check style, formatting and the import rules
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -365,7 +366,7 @@ class HostTests:
         """Two processes agree on gradients and γ, with all terms and with half of them retired."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                spawn(_rank, (type(self), folder), nprocs=2)
+                start_processes(_rank, (type(self), folder), nprocs=2, start_method=_start_method())
             except ProcessRaisedException as problem:
                 raise AssertionError(f"{self._name}: {problem}") from None
             zero, one = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -651,6 +652,14 @@ def _rank(rank: int, host: type[HostTests], folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+def _start_method() -> str:
+    """A server that has imported torch already and forks for each host; new interpreters where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
+
+
 class _Compiled:
     """What compiling a model gave: graph breaks, graphs compiled after the first call, distance to eager mode."""
 
@@ -870,4 +879,4 @@ def _changed(found: list[str], expected: list[str]) -> str:
 def _reason(problem: Exception) -> str:
     """The first line of an exception."""
     lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else ''}"[:300]
+    return f"{type(problem).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")

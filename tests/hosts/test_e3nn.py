@@ -74,14 +74,14 @@ class Steerable(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = Gate("4x0e", [torch.nn.functional.silu], "3x0e", [torch.sigmoid], "2x1o+1x1e")
+        self.sh = o3.SphericalHarmonics(self.irreps_sh, normalize=True, normalization="component")
         self.embed = o3.Linear(self.irreps_in, self.irreps_in)
         self.mix = o3.FullyConnectedTensorProduct(self.irreps_in, self.irreps_sh, self.gate.irreps_in)
         self.norm = BatchNorm(self.gate.irreps_out)
         self.read = o3.Linear(self.gate.irreps_out, self.irreps_out)
 
     def forward(self, x, direction):
-        sh = o3.spherical_harmonics(self.irreps_sh, direction, normalize=True, normalization="component")
-        return self.read(self.norm(self.gate(self.mix(self.embed(x), sh))))
+        return self.read(self.norm(self.gate(self.mix(self.embed(x), self.sh(direction)))))
 
 
 class TestSteerable(HostTests):
@@ -107,6 +107,7 @@ class PointConvolution(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.sh = o3.SphericalHarmonics(self.irreps_sh, normalize=True, normalization="component")
         self.linear = o3.Linear(self.irreps_in, self.irreps_in)
         instructions = [
             (i, j, k, "uvw", True)
@@ -128,9 +129,8 @@ class PointConvolution(nn.Module):
     def forward(self, x, pos, edge_index):
         source, target = edge_index
         away = pos[source] - pos[target]
-        sh = o3.spherical_harmonics(self.irreps_sh, away, normalize=True, normalization="component")
         lengths = soft_one_hot_linspace(away.norm(dim=1), 0.0, RADIUS, 5, basis="smooth_finite", cutoff=True)
-        messages = self.product(self.linear(x)[source], sh, self.radial(lengths))
+        messages = self.product(self.linear(x)[source], self.sh(away), self.radial(lengths))
         return messages.new_zeros(len(x), messages.shape[1]).index_add(0, target, messages)
 
 
@@ -159,6 +159,7 @@ class TestPointConvolution(HostTests):
         assert set(ace.relaxations(relaxed)) == {"linear"}
 
 
+@pytest.mark.hosts
 class Shipped(HostTests):
     """A network that e3nn ships: node features from a dictionary of points."""
 
