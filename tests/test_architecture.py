@@ -44,7 +44,7 @@ from benchmarks.models import MODELS
 edges = torch.tensor([[0, 1], [1, 0]])
 for entry in MODELS.values():
     model = entry.build(node_features=1, edge_features=1, layers=1)
-    model(torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 1), edges, torch.ones(2, 1), torch.zeros(2).long())
+    model(torch.randn(4, 3), torch.randn(4, 3), torch.ones(4, 1), edges, torch.ones(2, 1), torch.zeros(4).long())
 """
     assert imported_by(blocked, "ace", "benchmarks.models") == "['benchmarks.models']"
 

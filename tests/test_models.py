@@ -73,7 +73,7 @@ def rotation(seed: int, sign: float) -> Tensor:
 
 sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4).filter(lambda value: max(value) > 1)
 seeds = st.integers(0, 2**20)
-every_model = pytest.mark.parametrize("name", list(MODELS))
+every_model = pytest.mark.parametrize("name", list(CASES))
 quick = settings(max_examples=15, deadline=None)
 
 
@@ -319,7 +319,7 @@ def test_egno_frames_differ():
     assert all(float((frames[0] - frame).abs().max()) > 1e-3 for frame in frames[1:])
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(CASES))
 def test_entry_describes_the_calls_of_its_layers(name):
     """read_types and write_types have the widths of the node tensors that go in and out."""
     model, inputs, entry = build(name), graphs([4, 5], 8), MODELS[name]

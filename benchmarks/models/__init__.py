@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.models.egnn import EGNN
 from benchmarks.models.egno import EGNO
 from benchmarks.models.segnn import SEGNN
+from benchmarks.models.vector import VectorNet
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,11 @@ MODELS = {
         layers=("EGNNLayer",),
         read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
+    ),
+    "vector": ModelEntry(
+        build=VectorNet,
+        layers=("VectorLayer",),
+        read_types=lambda layer: f"{layer.channels_in}x1o",
+        write_types=lambda layer: f"{layer.channels_out}x1o",
     ),
 }

@@ -8,6 +8,7 @@ from functools import partial
 
 from benchmarks.data import explain_motion, find_motion
 from benchmarks.tasks.base import Batch, Task
+from benchmarks.tasks.broken import Broken
 from benchmarks.tasks.mocap import SUBJECTS, MotionCapture
 from benchmarks.tasks.nbody import NBody
 
@@ -38,6 +39,7 @@ def _motion_available(subject: str) -> tuple[bool, str]:
 
 
 TASKS = {
+    "broken": TaskEntry(Broken, ("vector",), _generated),
     "nbody": TaskEntry(NBody, ("egnn", "segnn"), _generated),
     "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn"), _generated),
     **{

@@ -1,0 +1,84 @@
+"""The synthetic task whose symmetry is broken on purpose, and its model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from e3nn import o3
+
+import ace
+from ace.errors import ConfigError
+from benchmarks.models import MODELS
+from benchmarks.tasks.broken import DIRECTION as Z
+from benchmarks.tasks.broken import LAYERS, VECTORS, Broken
+
+SIZES = {"train": 30, "valid": 5, "test": 5}
+
+
+def moved(element, x):
+    return x @ element.matrix.to(x.dtype).T
+
+
+def break_under(task, elements):
+    """Largest relative violation of the teacher over group elements."""
+    x = task.splits["train"].pos
+    y = task.clean(x)
+    return max((task.clean(moved(g, x)) - moved(g, y)).norm() / y.norm() for g in elements)
+
+
+def test_without_strength_the_data_are_exactly_symmetric():
+    task = Broken(strength=0.0, noise=0.0, **SIZES)
+    assert break_under(task, ace.O3().sample(8)) < 1e-5
+    assert torch.equal(task.splits["train"].target, task.clean(task.splits["train"].pos))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_the_break_grows_with_its_strength_and_leaves_the_axis(layer):
+    breaks = [break_under(Broken(strength=s, layer=layer, **SIZES), ace.SO3().sample(8)) for s in (0.01, 0.1, 1.0)]
+    assert breaks[0] > 1e-4
+    assert 3 < breaks[1] / breaks[0] < 30
+    assert breaks[2] > 2 * breaks[1]
+    task = Broken(strength=1.0, layer=layer, **SIZES)
+    assert break_under(task, ace.SO2(tuple(Z.tolist())).sample(8)) < 1e-5
+    assert break_under(task, ace.SO2((1.0, 0.0, 0.0)).sample(8)) > 0.05
+
+
+def test_the_break_is_an_offset_after_its_layer():
+    task = Broken(strength=0.7, layer=1, noise=0.0, **SIZES)
+    x = task.splits["valid"].pos
+    hidden = task.teacher.layers[1](task.teacher.layers[0](x))
+    shifted = hidden.clone()
+    shifted[..., 2] += task.offset[:, 2]
+    expected = task.teacher.readout(task.teacher.layers[2](shifted))
+    torch.testing.assert_close(task.splits["valid"].target, expected)
+    assert not task.offset[:, :2].any()
+
+
+def test_data_depend_on_the_seed_only():
+    state = torch.random.get_rng_state()
+    first, again = (Broken(**SIZES).splits["test"] for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.target, again.target)
+    assert not torch.equal(first.pos, Broken(seed=1, **SIZES).splits["test"].pos)
+    noisy, clean = (Broken(noise=noise, train=2000, valid=1, test=1).splits["train"].target for noise in (0.05, 0.0))
+    assert (noisy - clean).std().item() == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"strength": -1}, {"layer": 3}, {"noise": -0.1}, {"train": 0}])
+def test_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Broken(**{**SIZES, **options})
+
+
+def test_model_is_equivariant_and_its_entry_describes_its_layers(float64):
+    entry = MODELS["vector"]
+    model = entry.build(0, 0, vectors=VECTORS)
+    x = torch.randn(6 * VECTORS, 3)
+    report = ace.equivariance_error(model, (x,), ace.O3(), inputs={"pos": "vector"}, outputs="vector")
+    assert report.max < 1e-13
+    relaxed = ace.relax(model, example=(x,))
+    assert list(ace.relaxations(relaxed)) == [*(f"layers.{depth}" for depth in range(LAYERS)), "readout"]
+    for layer in model.layers:
+        term = layer.relaxation.term
+        assert term.map.in_features == o3.Irreps(entry.read_types(layer)).dim
+        assert term.map.out_features == o3.Irreps(entry.write_types(layer)).dim
