@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -86,6 +87,11 @@ class TestEnergy(TestPoints):
             (ace.E3(), {"inputs": inputs, "outputs": {"energy": "scalar", "forces": "vector"}}),
             (ace.Permutations(), {"inputs": inputs, "outputs": {"energy": "invariant", "forces": "vector"}}),
         ]
+
+
+class Unrelaxable(TestPoints):
+    def _relax(self, plain, batch):
+        raise ValueError("cannot be relaxed")
 
 
 def failure(host, check):
@@ -173,6 +179,18 @@ def rest(layer, args, output):
 def a_rest(relaxed):
     """Something stays of the relaxation at γ = 0."""
     relaxed.layers[0].register_forward_hook(rest)
+
+
+def retired_rest(layer, args, output):
+    return (output[0] + 1e-6, output[1]) if layer.relaxation.retired else output
+
+
+def a_rest_of_the_retired(relaxed):
+    relaxed.layers[0].register_forward_hook(retired_rest)
+
+
+def scaled_gradient(relaxed):
+    relaxed.layers[0].push.weight.register_hook(lambda gradient: 1.001 * gradient)
 
 
 class Zero(nn.Module):
@@ -311,6 +329,8 @@ DEFECTS = [
     (idle, "every_term_breaks_symmetry", r"layers\.1 "),
     (all_idle, "relaxed_breaks_symmetry", "still has E(3)"),
     (a_rest, "strength_zero_is_plain", "at γ = 0 it is not the plain model: output 0 differs"),
+    (a_rest_of_the_retired, "strength_zero_is_plain", "with every term retired it is not the plain model"),
+    (scaled_gradient, "strength_zero_is_plain", "gradient of layers.0.push.weight differs by 0.001"),
     (a_rest, "float32", "in torch.float32, at γ = 0"),
     (a_rest, "base_state_dict", "with the plain weights loaded"),
     (a_rest, "restored_is_plain", "_forward_hooks was 0, is 1"),
@@ -347,6 +367,33 @@ def test_a_defect_of_the_relaxation_is_caught(defect, check, message):
             return relaxed
 
     assert message.replace("\\", "") in failure(Host, check)
+
+
+def test_every_check_is_shown_to_fail():
+    shown = {check for _, check, _ in DEFECTS} | {"plain_is_equivariant", "distributed"}
+    assert {name for name in dir(HostTests) if name.startswith("test_")} == {f"test_{check}" for check in shown}
+
+
+def test_a_strict_layer_without_a_reason_is_caught(monkeypatch):
+    summary = ace.summary
+
+    def silent(relaxed, example):
+        rows = summary(relaxed, example)
+        return type(rows)((*rows, dataclasses.replace(rows[0], path="layers.0.push", status="strict: ")))
+
+    monkeypatch.setattr(ace, "summary", silent)
+    assert "strict without a reason: layers.0.push" in failure(TestPoints, "summary")
+
+
+class ScaledGradient(TestEnergy):
+    def _relax(self, plain, batch):
+        relaxed = super()._relax(plain, batch)
+        scaled_gradient(relaxed)
+        return relaxed
+
+
+def test_gradients_of_forces_may_differ_by_rounding_only():
+    assert "layers.0.push.weight by " in failure(ScaledGradient, "strength_zero_is_plain")
 
 
 class CutForces(TestEnergy):
@@ -409,6 +456,26 @@ def apart(layer, args, output):
     return (output[0] * (1 + torch.distributed.get_rank()), output[1]) if torch.distributed.is_initialized() else output
 
 
+class Leaving(nn.Module):
+    """A term that leaves the graph by itself at γ = 0, where another process still expects its gradient."""
+
+    def __init__(self, relaxation):
+        super().__init__()
+        self.term = relaxation.term
+        self.gamma = [relaxation.gamma]
+
+    def forward(self, h, x):
+        return self.term(h, x) if self.gamma[0] else {}
+
+
+class Leaves(TestPoints):
+    def _relax(self, plain, batch):
+        relaxed = super()._relax(plain, batch)
+        for relaxation in attached(relaxed):
+            relaxation.term = Leaving(relaxation)
+        return relaxed
+
+
 class Apart(TestPoints):
     def _relax(self, plain, batch):
         relaxed = super()._relax(plain, batch)
@@ -418,7 +485,11 @@ class Apart(TestPoints):
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [(Unused, "Expected to have finished reduction"), (Apart, "the gradient of two processes is not the mean")],
+    [
+        (Unused, "have finished reduction"),
+        (Leaves, "have finished reduction"),
+        (Apart, "the gradient of two processes is not the mean"),
+    ],
 )
 def test_a_defect_between_processes_is_caught(host, message):
     assert message in failure(host, "distributed")

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import test_testing
 import torch
 from test_documentation import LINK, blocks
 
@@ -70,6 +71,15 @@ def test_rows_are_merged_by_host_and_environment(tmp_path: Path, monkeypatch: py
     tables = (tmp_path / "tables.inc").read_text(encoding="utf-8")
     assert "a passed, failed: deepcopy, 1 skipped" in tables
     assert "- `compile` of a, b: it does not" in tables
+
+
+def test_a_row_says_what_was_found() -> None:
+    checks = {"summary": ("passed", ""), "compile": ("skipped", "why"), "pickle": ("failed", "")}
+    row = report.row(test_testing.TestPoints, checks)
+    assert row["relaxed"] == "2 Layer"
+    assert (row["passed"], row["failed"], row["skipped"]) == ("1", "pickle", "compile: why")
+    assert float(row["floor"]) < 1e-5 < 1e-3 < float(row["error"])
+    assert "cannot be" in report.row(test_testing.Unrelaxable, checks)["relaxed"]
 
 
 def test_the_extra_is_the_shared_environment() -> None:
