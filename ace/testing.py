@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -369,6 +369,9 @@ class HostTests:
                 start_processes(_rank, (type(self), folder), nprocs=2, start_method=_start_method())
             except ProcessRaisedException as problem:
                 raise AssertionError(f"{self._name}: {problem}") from None
+            except ProcessExitedException as problem:
+                where = f"{type(self).__module__}.{self._name}"
+                raise AssertionError(f"{self._name}: {problem}; can a new process import {where}?") from None
             zero, one = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
         if zero["skip"]:
             pytest.skip(f"the plain model cannot run under DistributedDataParallel: {zero['skip']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -493,6 +494,22 @@ class Apart(TestPoints):
 )
 def test_a_defect_between_processes_is_caught(host, message):
     assert message in failure(host, "distributed")
+
+
+def dies(layer, args):
+    if torch.distributed.is_initialized():
+        os._exit(3)
+
+
+class Dies(TestPoints):
+    def model(self):
+        model = super().model()
+        model.layers[0].register_forward_pre_hook(dies)
+        return model
+
+
+def test_a_process_that_dies_is_reported():
+    assert "exit code 3; can a new process import test_testing.Dies?" in failure(Dies, "distributed")
 
 
 # -- what the plain model cannot do ---------------------------------------------------------------------------------
