@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import ace
 from ace.calls import call, map_tensors, tensors_in
 from ace.errors import ConstraintNotMet
+from ace.probing import evaluating
 from ace.relaxation import Relaxation, base_state_dict, relax, relaxations, restore
 from ace.terms import START
 
@@ -722,14 +723,9 @@ def _differentiable(output: Any) -> list[Tensor]:
 
 def _evaluate(model: nn.Module, batch: Any) -> Any:
     """Run a model in eval mode, with a fixed seed; gradients stay enabled for models of forces."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     torch.manual_seed(2)
-    try:
+    with evaluating(model):
         return call(model, batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
