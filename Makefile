@@ -53,7 +53,7 @@ hosts: $(HOSTS:%=.venvs/%/.installed) ## Test the models of other libraries, eac
 	  echo "== $$name"; \
 	  what=tests/hosts; \
 	  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py -k $$name"; fi; \
-	  .venvs/$$name/bin/python -m pytest -p tests.hosts.report --environment $$name -m "not slow" $$what || failed="$$failed $$name"; \
+	  PYTHONPATH=tests .venvs/$$name/bin/python -m pytest -p hosts.report --environment $$name -m "not slow" $$what || failed="$$failed $$name"; \
 	done; \
 	test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
 

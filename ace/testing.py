@@ -822,18 +822,18 @@ def _through_a_file(value: Any, weights_only: bool) -> Any:
 
 def _anatomy(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What each module of a model is made of, by path: class, mode, attributes, children, tensors, hooks."""
-    return {
-        path: {
-            "class": type(module),
-            "training": module.training,
-            "attributes": sorted(vars(module)),
-            "children": list(module._modules),
-            "parameters": [(name, id(p)) for name, p in module._parameters.items()],
-            "buffers": list(module._buffers),
-            **{name: len(value) for name, value in vars(module).items() if "hooks" in name and value is not None},
-        }
-        for path, module in model.named_modules()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        found[path] = {"class": type(module), "training": module.training}
+        if not isinstance(module, torch.jit.ScriptModule):  # compiled: nothing can be added to it
+            found[path] |= {
+                "attributes": sorted(vars(module)),
+                "children": list(module._modules),
+                "parameters": [(name, id(parameter)) for name, parameter in module._parameters.items()],
+                "buffers": list(module._buffers),
+                **{name: len(value) for name, value in vars(module).items() if "hooks" in name and value is not None},
+            }
+    return found
 
 
 def _block_of(relaxed: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Plugin of pytest that writes down what the host tests found: ``pytest -p tests.hosts.report --environment NAME``.
+"""Plugin of pytest that writes down what the host tests found: ``pytest -p hosts.report --environment NAME``.
 
 A row of ``docs/hosts/results.csv`` is a host in an environment; the rows of hosts that did not run stay as they are.
 ``docs/hosts/tables.inc`` is made from the rows.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import sys
+import warnings
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +58,9 @@ class Report:
     def pytest_sessionfinish(self) -> None:
         whole = [host for host, checks in self.hosts.items() if len(checks) >= len(checks_of(host))]
         if whole:
-            write([{**row(host, self.hosts[host]), "environment": self.environment} for host in whole])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                write([{**row(host, self.hosts[host]), "environment": self.environment} for host in whole])
 
 
 def checks_of(host: type[HostTests]) -> list[str]:
@@ -173,4 +176,4 @@ def _checks(row: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit("a plugin: python -m pytest -p tests.hosts.report --environment NAME tests/hosts")
+    sys.exit("a plugin: PYTHONPATH=tests python -m pytest -p hosts.report --environment NAME tests/hosts")
