@@ -36,14 +36,13 @@ test-slow: $(READY) ## Run the tests that take minutes
 # Libraries that exclude one another have environments of their own: tests/hosts/environments/NAME.txt is installed into
 # .venvs/NAME, then ace, then what must come without its own requirements; the file says why.
 HOSTS := $(basename $(notdir $(wildcard tests/hosts/environments/*.txt)))
-ACE_OPTIONS_mace := --no-deps
 WITHOUT_REQUIREMENTS_escnn := escnn==1.0.11
 WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
 
 .venvs/%/.installed: tests/hosts/environments/%.txt pyproject.toml
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install -r $<
-	.venvs/$*/bin/python -m pip install $(ACE_OPTIONS_$*) -e .
+	.venvs/$*/bin/python -m pip install -e .
 	$(if $(WITHOUT_REQUIREMENTS_$*),.venvs/$*/bin/python -m pip install --no-deps $(WITHOUT_REQUIREMENTS_$*))
 	@touch $@
 

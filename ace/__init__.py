@@ -1,7 +1,7 @@
 """ace: train equivariant models through a relaxation that dual ascent removes."""
 
 from ace import checkpoint
-from ace.constraints import Bounded, Exact, Resilient
+from ace.constraints import Bounded, EquivarianceError, Exact, Resilient
 from ace.groups import E3, O3, SO2, SO3, Cyclic, Dihedral, Permutations
 from ace.history import History
 from ace.metrics import ErrorReport, equivariance_error, lie_derivative
@@ -27,6 +27,7 @@ __all__ = [
     "Bounded",
     "Cyclic",
     "Dihedral",
+    "EquivarianceError",
     "ErrorReport",
     "Exact",
     "History",

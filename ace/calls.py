@@ -86,7 +86,7 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if _is_data(value):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118  a Data iterates over pairs
+        return {key: value[key] for key in sorted(value.keys())}  # a Data gives its keys in the order of a set
     return None
 
 

@@ -1,29 +1,38 @@
-r"""What is asked of the relaxation of each layer, as one vector of constraints.
+r"""What is asked of the relaxation of each layer, or of the model, as one vector of constraints.
 
-A constraint turns the relaxed layers into a size :math:`m_i = |\gamma_i| r_i` and a violation of shape
+A constraint on the layers turns them into a size :math:`m_i = |\gamma_i| r_i` and a violation of shape
 (layers,). What :math:`r_i` is, its ``measure`` says:
 
 - ``"strength"``: :math:`r_i = 1`, so the constraint is on :math:`|\gamma_i|`; needs no batch.
 - ``"norm"``: root mean square of f_neq on the batch, so the constraint is on the size of γ·f_neq.
 - ``"relative"``: ‖f_neq‖/‖f_eq‖ on the batch, so the constraint is on ‖γ f_neq‖/‖f_eq‖.
+
+``EquivarianceError`` constrains the model as a whole, with a violation of shape (groups,).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ace.errors import AceError
+from ace.groups import Group
 
 Measure = Literal["strength", "norm", "relative"]
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """Base of the constraints on the relaxation.
+    """Base of all constraints."""
+
+
+@dataclass(frozen=True)
+class LayerConstraint(Constraint):
+    """Base of the constraints on the relaxation of each layer.
 
     Attributes:
         measure: What is constrained, see the module's text.
@@ -55,7 +64,7 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class Exact(Constraint):
+class Exact(LayerConstraint):
     r"""The relaxation vanishes: :math:`\gamma_i = 0` for every layer (Algorithm 1 of the ACE paper).
 
     Args:
@@ -68,7 +77,7 @@ class Exact(Constraint):
 
 
 @dataclass(frozen=True)
-class Bounded(Constraint):
+class Bounded(LayerConstraint):
     r"""The relaxation stays within a tolerance: :math:`|\gamma_i| r_i \le \varepsilon`.
 
     A bound on the layers is no bound on the model, and (γ, W) and (cγ, W/c) are the same function: use
@@ -95,7 +104,7 @@ class Bounded(Constraint):
 
 
 @dataclass(frozen=True)
-class Resilient(Constraint):
+class Resilient(LayerConstraint):
     r"""The relaxation is paid for: :math:`|\gamma_i| r_i \le u_i` at the price :math:`\tfrac{\rho}{2}\|u\|^2`.
 
     Algorithm 2 of the ACE paper. At the solution :math:`u_i = |\gamma_i| r_i = \lambda_i/\rho`: the problem is
@@ -119,3 +128,73 @@ class Resilient(Constraint):
         super().__post_init__()
         if not self.rho > 0:
             raise AceError(f"Resilient(rho={self.rho}): the price of relaxation must be positive")
+
+
+@dataclass(frozen=True)
+class EquivarianceError(Constraint):
+    r"""The relative equivariance error of the whole model stays within a tolerance, for one group or for several.
+
+    .. math:: r_G = \sqrt{\frac{\sum_s \lVert f(g_s x_s) - g_s f(x_s) \rVert^2}{\sum_s \lVert f(x_s) \rVert^2}}
+        \;\le\; \varepsilon
+
+    with a random element :math:`g_s` of G for each sample s of the batch, drawn anew in each step. It costs a second
+    forward and backward pass for each group. A mean square hides outliers: with ``quantile=0.95`` it is the 95th
+    percentile of the samples' errors that stays within ε.
+
+    The model is called as in the loss, on inputs whose types go by name, as in ``ace.equivariance_error``. Graphs of a
+    batch are told apart by an integer input named ``batch``, dense inputs by their first axis.
+
+    Args:
+        group: A group, or several by name; each gets its own multiplier.
+        eps: The tolerance ε: one number, or one for each group by name.
+        inputs: Types of the model's inputs, where their names do not tell.
+        outputs: Types of its outputs, where that is ambiguous.
+        quantile: Constrain this quantile of the samples' errors instead of the root mean square.
+        share: Share of the samples of a batch that is used.
+        margin: Training aims at (1 - margin) ε, so that the error on new data stays below ε as well.
+        seed: Seed of the elements.
+
+    Raises:
+        AceError: A tolerance, quantile, share or margin out of its range, or tolerances for other groups.
+
+    Example:
+        >>> from ace.groups import SO3
+        >>> EquivarianceError(SO3(), 0.02).tolerances
+        {'SO(3)': 0.02}
+    """
+
+    group: Group | Mapping[str, Group]
+    eps: float | Mapping[str, float]
+    inputs: Mapping[int | str, str] | None = field(default=None, kw_only=True)
+    outputs: Any = field(default=None, kw_only=True)
+    quantile: float | None = field(default=None, kw_only=True)
+    share: float = field(default=1.0, kw_only=True)
+    margin: float = field(default=0.1, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.eps, Mapping) and set(self.eps) != set(self.groups):
+            problems.append(f"eps names {sorted(self.eps)}, the groups are {sorted(self.groups)}")
+        else:
+            problems += [f"a tolerance must be positive, not {eps}" for eps in self.tolerances.values() if not eps > 0]
+        if self.quantile is not None and not 0 < self.quantile <= 1:
+            problems.append(f"quantile={self.quantile}: above 0, at most 1")
+        if not 0 < self.share <= 1:
+            problems.append(f"share={self.share}: above 0, at most 1")
+        if not 0 <= self.margin < 1:
+            problems.append(f"margin={self.margin}: at least 0, below 1")
+        if problems:
+            raise AceError("EquivarianceError: " + "; ".join(problems))
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The groups by name."""
+        return dict(self.group) if isinstance(self.group, Mapping) else {str(self.group): self.group}
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """The tolerance for each group."""
+        if isinstance(self.eps, Mapping):
+            return {name: self.eps[name] for name in self.groups}
+        return dict.fromkeys(self.groups, self.eps)

@@ -28,10 +28,15 @@ LARGEST_COMPONENTS = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is split into rows and features: the feature axes, in order, and the sizes of the others."""
+    """How a tensor is split into rows and features: the feature axes, in order, and the sizes of the others.
+
+    ``sure`` is False where the feature axis is a guess: an axis that holds no components and has the size of no
+    parameter may hold neighbours, of which the next example has another number.
+    """
 
     axes: tuple[int, ...]
     rows: tuple[int, ...]
+    sure: bool = True
 
 
 def generic_term(site: Site) -> nn.Module:
@@ -65,8 +70,10 @@ def generic_term(site: Site) -> nn.Module:
     inputs = [(path, value) for path, value in tensors_in(sources) if _is_features(value)]
     passed_on = {id(value) for _, value in tensors_in(sources)}
     outputs = [(p, v) for p, v in tensors_in(output) if _is_features(v) and id(v) not in passed_on]
-    layouts_in = _layouts(site, inputs, outputs, read=True)
-    layouts_out = _layouts(site, outputs, inputs, read=False)
+    seen_in = _layouts(site, inputs, outputs, read=True)
+    seen_out = _layouts(site, outputs, inputs, read=False)
+    layouts_in = _of_zeros(inputs, seen_in, outputs, seen_out)
+    layouts_out = _of_zeros(outputs, seen_out, inputs, seen_in)
     rows = _shared_rows(site, layouts_in, layouts_out)
     if rows is None:
         raise NotAttachable(
@@ -75,9 +82,10 @@ def generic_term(site: Site) -> nn.Module:
             f"{[tuple(value.shape) for _, value in outputs] or 'without floating-point tensors'}; attach to a layer "
             "inside it, or register_term for its type"
         )
+    sure = any(layout.sure and layout.rows == rows for layout in layouts_in)
     reads = []
     for (path, value), layout in zip(inputs, layouts_in, strict=True):
-        if layout.rows == rows:
+        if layout.rows == rows and layout.sure >= sure:
             index, name = _argument(path[0], names)
             reads.append(Port(index, name, _width(value, layout.axes), layout.axes, path[1:]))
     writes = []
@@ -148,40 +156,62 @@ def _layouts(
     for path, value in tensors:
         dim = value.dim()
         leading = len(nodes) if nodes and dim > len(nodes) and tuple(value.shape[: len(nodes)]) == nodes else 1
-        resized = _resized(value, [other for _, other in others])
+        known = [axis for axis in range(-dim, 0) if value.shape[axis] > 1 and value.shape[axis] in sizes]
+        unknown = [axis for axis in range(-dim, 0) if axis not in known and value.shape[axis] in _neighbours(nodes)]
+        resized = _resized(value, [other for _, other in others], unknown)
         if resized is not None and resized < -dim + leading:
             leading = 1  # what looked like nodes are channels: a list of vectors is no list of points
-        rows = range(-dim, -dim + leading)
-        vectors = components(value, moved[path], tolerance_of(value), rows) if path in moved else ()
+        spared = range(-dim, -dim + leading)
+        vectors = components(value, moved[path], tolerance_of(value), spared) if path in moved else ()
         free = [axis for axis in range(-dim + leading, 0) if axis not in vectors]
         features = {*vectors, *(axis for axis in free if value.shape[axis] == 1)}
-        channel = resized if resized in free else _channel(value, free, sizes, bool(vectors))
-        axes = tuple(sorted(features if channel is None else {*features, channel})) or (-1,)
-        layouts.append(Layout(axes, tuple(value.shape[axis] for axis in range(-dim, 0) if axis not in axes)))
+        channel = resized if resized in free else next((axis for axis in reversed(known) if axis in free), None)
+        sure = dim == 2 or bool(vectors) or channel in known or (channel is None and bool(features))
+        if channel is None and not features:
+            if -1 in unknown:
+                layouts.append(Layout((), ()))  # an entry for each of the other nodes: no features at all
+                continue
+            channel, sure = -1, dim == 2 or any(other.shape == value.shape for _, other in others)
+        axes = tuple(sorted(features if channel is None else {*features, channel}))
+        rows = tuple(value.shape[axis] for axis in range(-dim, 0) if axis not in axes)
+        layouts.append(Layout(axes, rows, sure))
     return layouts
 
 
-def _resized(value: Tensor, others: list[Tensor]) -> int | None:
+def _resized(value: Tensor, others: list[Tensor], spared: Collection[int]) -> int | None:
     """The one axis, counted from the end, in which a tensor differs from what the layer makes of it: the channels."""
     for other in others:
         if other.dim() == value.dim():
             differing = [axis for axis in range(-value.dim(), 0) if other.shape[axis] != value.shape[axis]]
-            if len(differing) == 1 and differing[0] != -value.dim():
-                return differing[0]
+            # scalars beside vectors have 1 component, not 1 channel
+            channels = [axis for axis in differing if 1 not in (value.shape[axis], other.shape[axis])]
+            if len(differing) == len(channels) == 1 and channels[0] not in (-value.dim(), *spared):
+                return channels[0]
     return None
 
 
-def _channel(value: Tensor, free: list[int], sizes: set[int], vectors: bool) -> int | None:
-    """Which of the free axes holds the channels, by the sizes of the layer's parameters; else the last."""
-    known = [axis for axis in free if value.shape[axis] > 1 and value.shape[axis] in sizes]
-    if known:
-        return known[-1]
-    return -1 if -1 in free and not vectors else None
+def _neighbours(nodes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of an axis that may hold the other nodes."""
+    return (nodes[-1], nodes[-1] - 1) if nodes else ()
+
+
+def _of_zeros(
+    tensors: list[tuple[Path, Tensor]],
+    layouts: list[Layout],
+    others: list[tuple[Path, Tensor]],
+    other_layouts: list[Layout],
+) -> list[Layout]:
+    """Layouts in which a tensor of zeros, which shows nothing, has that of one of its shape on the other side."""
+    shown = {value.shape: layout for (_, value), layout in zip(others, other_layouts, strict=True) if value.any()}
+    return [
+        layout if value.any() else shown.get(value.shape, layout)
+        for (_, value), layout in zip(tensors, layouts, strict=True)
+    ]
 
 
 def _shared_rows(site: Site, inputs: list[Layout], outputs: list[Layout]) -> tuple[int, ...] | None:
     """The rows that inputs and outputs have in common: those of the nodes if they can be, else of the first output."""
-    available = {layout.rows for layout in inputs}
+    available = {layout.rows for layout in inputs if layout.axes}
     shared = [layout.rows for layout in outputs if layout.rows in available]
     shared.sort(key=lambda rows: rows != site.nodes)
     return shared[0] if shared else None

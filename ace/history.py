@@ -91,7 +91,8 @@ class History:
         Args:
             rollout: What ``PrimalDual.roll`` returns. Its ``cmp_state.misc`` holds ``step``,
                 ``task_loss``, ``layers`` and, each of shape (layers,), ``gamma``, ``violation`` and
-                ``multiplier``; of these three those that are there are recorded.
+                ``multiplier``; of these three those that are there are recorded. Where ``constraints`` names what
+                is constrained, the last two are of its shape.
             epoch: The epoch the step belongs to, if there are epochs.
 
         Raises:
@@ -116,11 +117,12 @@ class History:
             return  # before any tensor is looked at: reading one from a GPU waits for it
         start = f"{step},{'' if epoch is None else epoch},"
         lines = [f"{start},loss,{float(misc['task_loss'])!r}\n"]
-        layers = _fields(misc["layers"])
+        layers, constraints = _fields(misc["layers"]), _fields(misc.get("constraints", misc["layers"]))
         for quantity in _PER_LAYER:
             if quantity in misc:
                 values = misc[quantity].tolist()
-                lines += [f"{start}{layer},{quantity},{value!r}\n" for layer, value in zip(layers, values, strict=True)]
+                names = layers if quantity == "gamma" else constraints
+                lines += [f"{start}{name},{quantity},{value!r}\n" for name, value in zip(names, values, strict=True)]
         self._record("".join(lines))
 
     def log(

@@ -122,14 +122,14 @@ def equivariance_error(
             _refuse(model, group, problems)
         sample = group.sample(elements, seed, nodes=nodes)
         reference = run(with_inputs(batch, {}))
-        leaves = _check(model, group, sample[0], arguments, reference, outputs, problems, nodes)
+        leaves = typed_outputs(model, group, sample[0], arguments, reference, outputs, problems, nodes)
 
         samples = []
         for element in sample:
             moved = {argument.path: act(element, argument.value, argument.kind) for argument in arguments}
             output = run(with_inputs(batch, moved))
             errors = []
-            for (label, before, kind), (_, after, _) in zip(leaves, _leaves(output, outputs), strict=True):
+            for (label, before, kind), (_, after, _) in zip(leaves, output_leaves(output, outputs), strict=True):
                 expected = act(element, before.detach(), kind)
                 errors.append(_relative(label, after.detach(), expected, before.detach()))
             samples.append(torch.stack(errors).max())
@@ -181,14 +181,14 @@ def lie_derivative(
     with _evaluating(model, batch, dtype) as (run, batch):
         arguments, problems = _arguments(model, batch, group, inputs)
         reference = run(with_inputs(batch, {}))
-        leaves = _check(model, group, generators[0], arguments, reference, outputs, problems, None)
+        leaves = typed_outputs(model, group, generators[0], arguments, reference, outputs, problems, None)
         moving = [argument for argument in arguments if argument.kind not in UNMOVED]
         primals = tuple(argument.value for argument in moving)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             new = {argument.path: tensor for argument, tensor in zip(moving, tensors, strict=True)}
             output = run(with_inputs(batch, new))
-            return tuple(tensor for _, tensor, _ in _leaves(output, outputs))
+            return tuple(tensor for _, tensor, _ in output_leaves(output, outputs))
 
         samples = []
         for generator in generators:
@@ -244,7 +244,7 @@ def _arguments(
     return arguments, problems
 
 
-def _check(
+def typed_outputs(
     model: Callable[..., Any],
     group: Group,
     motion: Element | Generator,
@@ -258,7 +258,7 @@ def _check(
     found = [(argument.name, finding(motion, argument.value, argument.kind)) for argument in arguments]
     problems += [f"input {name}: {problem}" for name, problem in dict.fromkeys(found) if problem]
     leaves = []
-    for label, tensor, kind in _leaves(reference, outputs, problems):
+    for label, tensor, kind in output_leaves(reference, outputs, problems):
         kind = kind or _inferred(motion, tensor, nodes)
         if kind is None:
             problems.append(
@@ -293,7 +293,7 @@ def _inferred(motion: Element | Generator, tensor: Tensor, nodes: int | None) ->
     return None
 
 
-def _leaves(
+def output_leaves(
     output: Any, outputs: Types, problems: list[str] | None = None, label: str = "the output"
 ) -> list[tuple[str, Tensor, Any]]:
     """Tensors of a nested output that are to be compared, each with its type (``None``: not given)."""
@@ -314,7 +314,7 @@ def _leaves(
         else:
             problems.append(f"{label} is a dict with the keys {list(output)}: pass outputs= as a dict too")
             return []
-        return [leaf for key, kinds in pairs for leaf in _leaves(output[key], kinds, problems, f"output {key!r}")]
+        return [leaf for key, kinds in pairs for leaf in output_leaves(output[key], kinds, problems, f"output {key!r}")]
     if isinstance(output, (tuple, list)):
         kinds = [outputs] * len(output) if outputs is None or isinstance(outputs, str) else outputs
         if isinstance(kinds, Mapping) or len(kinds) != len(output):
@@ -324,7 +324,7 @@ def _leaves(
             leaf
             for number, (part, kind) in enumerate(zip(output, kinds, strict=True))
             if part is not None and (outputs is None or kind is not None)
-            for leaf in _leaves(part, kind, problems, f"output {number}")
+            for leaf in output_leaves(part, kind, problems, f"output {number}")
         ]
     problems.append(f"{label} is a {type(output).__name__}: only tensors and containers of them can be compared")
     return []

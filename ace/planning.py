@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from ace.terms import (
     registered_types,
     select_argument,
 )
+
+logger = logging.getLogger("ace")
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]
 """How layers are chosen: a type, a tuple of types, a regular expression searched in the path, or a predicate."""
@@ -86,6 +89,10 @@ def plan(
     """
     if example is not None and (unknown := unused_names(model, example, inputs)):
         raise AceError(f"inputs= names {', '.join(map(repr, unknown))}, which the example does not have")
+    if layers is None and _is_scripted(model):
+        raise NotAttachable(
+            "the model is scripted and takes no hooks: relax it before scripting, restore it, then script"
+        )
     chosen = _choose(model, layers, exclude)
     watched = chosen if layers is not None else _visible(model)
     trial = _Trial(model, watched, example, make, positions, inputs)
@@ -134,6 +141,8 @@ class _Trial:
         there = moved_example(model, example, inputs)
         if there is not None:
             self.moved = record(model, layers, there)
+        else:
+            logger.info("no input is known to move: terms are not tried for symmetry; name types with inputs=")
         select = positions
         if select is None and (found := positions_of(model, example, inputs)) is not None:
             names = parameter_names(model)
@@ -313,8 +322,12 @@ def _is_stack(path: str, layers: Mapping[str, nn.Module], fits: set[str]) -> boo
 
 
 def _is_layer(module: nn.Module, own: bool) -> bool:
-    """Whether a module is a candidate: it has parameters, is no normalisation, and is PyTorch's own or is not."""
-    shipped = type(module).__module__.startswith("torch.nn.")
+    """Whether a module is a candidate: it has parameters, is no normalisation, and is PyTorch's own or is not.
+
+    A library's subclass of ``Linear`` counts as PyTorch's own; what it calls a ``Sequential`` does not.
+    """
+    bases = [base for base in type(module).__mro__ if base not in (nn.Module, nn.Sequential)]
+    shipped = type(module) is nn.Sequential or any(base.__module__.startswith("torch.nn.") for base in bases)
     bare = isinstance(module, nn.ModuleList | nn.ModuleDict)
     trainable = next(module.parameters(), None) is not None
     return shipped != own and trainable and not bare and "norm" not in type(module).__name__.lower()

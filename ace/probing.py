@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace.calls import call, map_tensors, merge, tensors_in
+from ace.calls import call, merge, parts_of, rebuild, tensors_in
 from ace.generic import same, tolerance_of
 from ace.terms import Call, Positions
 
@@ -34,12 +34,8 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> d
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
             del layer
             if path not in calls:
-                # copies of the containers: a later layer may write into a dict that this one was given
-                whole = isinstance(output, Tensor) or all(output is not value for value in (*args, *kwargs.values()))
-                args, kwargs = (
-                    (map_tensors(lambda tensor: tensor, value) for value in (args, kwargs)) if whole else (args, kwargs)
-                )
-                calls[path] = Call(args, kwargs, output)
+                # copies of the containers: a later layer may write into a dict that this one was given or returned
+                calls[path] = Call(*_snapshot((args, kwargs, output), {}))
 
         handles.append(layer.register_forward_hook(keep, with_kwargs=True))
     try:
@@ -49,6 +45,16 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> d
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _snapshot(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy containers, not the tensors in them; one that occurs twice is one object in the copy too."""
+    parts = parts_of(value)
+    if parts is None:
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = rebuild(value, {key: _snapshot(part, copies) for key, part in parts.items()})
+    return copies[id(value)]
 
 
 @torch.no_grad()

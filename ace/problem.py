@@ -1,9 +1,10 @@
 r"""The constrained problem and the optimizer that solves it; the only file that knows Cooper.
 
-    min_θ,γ  J(θ, γ)   subject to   constraint on |γ_i| for each relaxed layer i
+    min_θ,γ  J(θ, γ)   subject to   constraint on |γ_i| for each relaxed layer i, or on the error of the model
 
 ``Problem`` poses it as a ``cooper.ConstrainedMinimizationProblem`` with one vector multiplier; ``PrimalDual`` is a
-``cooper.ConstrainedOptimizer`` with three forms: proximal (default), augmented, and the published one.
+``cooper.ConstrainedOptimizer`` with three forms of the constraints on the layers: proximal (default), augmented, and
+the published one; and one of the constraint on the model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cooper.utils.annotations import ConstraintType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ace.constraints import Bounded, Constraint, Exact, Resilient
+from ace.constraints import Bounded, Constraint, EquivarianceError, Exact, LayerConstraint, Resilient
 from ace.errors import (
     AceError,
     CheckpointMismatch,
@@ -36,10 +37,12 @@ from ace.errors import (
     OptimizerMismatch,
     ShapeMismatch,
 )
+from ace.exponentiated import ExponentiatedGradient
 from ace.proximal import ProximalGradient
 from ace.relaxation import Relaxation, check_called, measuring, relaxations
+from ace.symmetry import Watch
 
-Form = Literal["proximal", "augmented", "paper"]
+Form = Literal["proximal", "augmented", "paper", "tolerance"]
 
 DUAL_RATE = 2.0
 """κ_d: the dual rate times the planned steps, in the proximal form."""
@@ -49,6 +52,10 @@ AUGMENTED_RATE = 10.0
 """Dual rate of the augmented form times the planned steps, in units of the penalty."""
 RESILIENT_RATE = 40.0
 """Dual rate of the resilient constraint times the planned steps, in units of ρ."""
+TOLERANCE_RATE = 40.0
+"""Rate of log λ times the planned steps, for a tolerance on the equivariance error of the model."""
+TOLERANCE_START = 0.01
+"""What the constraint on the equivariance error weighs in the Lagrangian at the start, relative to the loss."""
 
 
 class Problem(ConstrainedMinimizationProblem):
@@ -57,12 +64,13 @@ class Problem(ConstrainedMinimizationProblem):
     Args:
         relaxed: A model that ``relax`` returned, possibly wrapped (``DistributedDataParallel``, compiled).
         loss: ``loss(model, batch)`` returns the task loss, a tensor without axes. Put ``torch.autocast`` in it.
-        constraint: ``Exact()``, ``Bounded(eps)`` or ``Resilient(rho)``.
+        constraint: ``Exact()``, ``Bounded(eps)``, ``Resilient(rho)`` or ``EquivarianceError(group, eps)``.
 
     Attributes:
         model: The relaxed model as given.
         relaxations: Path of each relaxed layer to its ``Relaxation``.
-        multiplier: The multipliers λ, shape (layers,), once posed.
+        names: What is constrained: the paths of the layers, or the names of the groups.
+        multiplier: The multipliers λ, shape (names,), once posed.
         slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
 
     Raises:
@@ -92,6 +100,14 @@ class Problem(ConstrainedMinimizationProblem):
         self.form: Form | None = None
         self.slack: nn.Parameter | None = None
         self.units: Tensor | None = None
+        self.step = 0
+        self.names = tuple(self.relaxations)
+        self.excess: Tensor | None = None  # (r/ε)² on the batch last observed, over all ranks
+        self._watch: Watch | None = None
+        if isinstance(self.constraint, EquivarianceError):
+            tolerance = self.constraint
+            self.names = tuple(tolerance.groups)
+            self._watch = Watch(relaxed, tolerance.inputs, tolerance.outputs, tolerance.share, tolerance.seed)
         self._sizes: list[tuple[Tensor, Tensor, int]] | None = None
 
     @property
@@ -101,7 +117,7 @@ class Problem(ConstrainedMinimizationProblem):
 
     @property
     def multiplier(self) -> nn.Parameter:
-        """The multipliers λ, shape (layers,)."""
+        """The multipliers λ, shape (names,)."""
         return cast("nn.Parameter", cast("DenseMultiplier", self.relaxation.multiplier).weight)
 
     def pose(self, form: Form, penalty: float = 1.0) -> None:
@@ -117,12 +133,14 @@ class Problem(ConstrainedMinimizationProblem):
         """
         if self.form is not None:
             raise AceError(f"the problem was posed before (form {self.form!r}): make a new ace.Problem")
+        if (form == "tolerance") != isinstance(self.constraint, EquivarianceError):
+            raise AceError("a tolerance on the equivariance error has one form of its own: leave out form= and preset=")
         resilient = isinstance(self.constraint, Resilient)
         if resilient and form == "augmented":
             raise AceError(
                 "Resilient is a quadratic price already: use form='proximal' (the default) or preset='paper'"
             )
-        zeros = torch.zeros_like(torch.cat(tuple(self.gammas)).detach())
+        zeros = self.gammas[0].detach().new_zeros(len(self.names))
         signed = form != "proximal" and isinstance(self.constraint, Exact) and self.constraint.deterministic
         augmented = form == "augmented"
         self.relaxation = CooperConstraint(
@@ -133,14 +151,19 @@ class Problem(ConstrainedMinimizationProblem):
         )
         if resilient and form == "paper":
             self.slack = nn.Parameter(zeros)
-        for index, attached in enumerate(self.relaxations.values()):
-            attached.dual = (self.multiplier, index)
+        if isinstance(self.constraint, LayerConstraint):
+            for index, attached in enumerate(self.relaxations.values()):
+                attached.dual = (self.multiplier, index)
         self.form = form
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Measure the terms in the forward pass inside the context, where the constraint needs the batch."""
-        if self.constraint.deterministic:
+        """Watch the forward pass inside the context, where the constraint needs the batch."""
+        if self._watch is not None:
+            with self._watch.watching():
+                yield
+            return
+        if cast("LayerConstraint", self.constraint).deterministic:
             yield
             return
         with measuring(self.relaxations.values()) as totals:
@@ -149,6 +172,9 @@ class Problem(ConstrainedMinimizationProblem):
 
     def compute_violations(self) -> CMPState:
         """Return the violations at the current γ (and, if the constraint needs it, the batch last observed)."""
+        if self._watch is not None:
+            return self._compute_errors(self._watch)
+        assert isinstance(self.constraint, LayerConstraint)
         gamma = torch.cat(tuple(self.gammas))
         value = gamma
         strict = None
@@ -175,6 +201,27 @@ class Problem(ConstrainedMinimizationProblem):
             contributes_to_primal_update=self.form != "proximal",
         )
         return CMPState(observed_constraints={self.relaxation: observed})
+
+    def _compute_errors(self, watch: Watch) -> CMPState:
+        """Return (r/ε)² - 1 for the primal step and log(r/ε), kept within ±1, for the dual step."""
+        constraint = cast("EquivarianceError", self.constraint)
+        values, strict = [], []
+        for name, group in constraint.groups.items():
+            differences, sizes = watch.squares(group, self.step)
+            aim = (1 - constraint.margin) * constraint.tolerances[name]
+            if constraint.quantile is None:
+                local = torch.stack((differences.sum(), sizes.sum()))
+                everywhere = _sum_over_ranks(local.detach())
+                value, measured = local[0] / local[1], everywhere[0] / everywhere[1]
+            else:
+                value = torch.quantile(differences, constraint.quantile) / sizes.mean()
+                measured = _sum_over_ranks(value.detach()) / _world_size()
+            values.append(value / aim**2 - 1)
+            strict.append(measured / aim**2)
+        self.excess = torch.stack(strict).clamp_min(torch.finfo(strict[0].dtype).tiny).to(self.multiplier.dtype)
+        violation = torch.stack(values).to(self.multiplier.dtype)
+        slope = 0.5 * self.excess.log().clamp(-2, 2)
+        return CMPState(observed_constraints={self.relaxation: ConstraintState(violation, strict_violation=slope)})
 
     def state_of(self, loss: Tensor) -> CMPState:
         """Return Cooper's state of the problem for a task loss that was computed already."""
@@ -242,6 +289,10 @@ class PrimalDual(ConstrainedOptimizer):
     which the restored model trains alone. With ``Resilient`` the slack is eliminated and λ_i stays in units of the
     loss: :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`.
 
+    With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
+    :math:`\lambda\,(r/\varepsilon)^2`, and dual ascent multiplies: :math:`\lambda \leftarrow \lambda\,
+    (r/\varepsilon)^{40/T}`, with :math:`r/\varepsilon` kept within e and 1/e.
+
     ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
     10c/T, which is critically damped for every c and T.
 
@@ -306,7 +357,8 @@ class PrimalDual(ConstrainedOptimizer):
     ) -> None:
         _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate, clip, max_skipped)
         _check_optimizer(problem, primal_optimizer)
-        problem.pose(preset or form, penalty)
+        tolerance = isinstance(problem.constraint, EquivarianceError) and preset is None and form == "proximal"
+        problem.pose("tolerance" if tolerance else preset or form, penalty)
         self.steps = steps
         self.polish = polish
         self.clip = clip
@@ -323,13 +375,16 @@ class PrimalDual(ConstrainedOptimizer):
         special = {id(p) for p in [*problem.gammas, problem.slack]}
         self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
         # without accumulation, or where it needs no batch, the violation is known before the primal step
-        self._dual_first = problem.form != "paper" and (problem.constraint.deterministic or accumulate == 1)
+        known = isinstance(problem.constraint, LayerConstraint) and problem.constraint.deterministic
+        self._dual_first = problem.form != "paper" and (known or accumulate == 1)
         super().__init__(problem, self._primal, dual)
 
     def _optimizers(
         self, problem: Problem, primal: torch.optim.Optimizer, dual_lr: float | None, penalty: float
     ) -> tuple[list[torch.optim.Optimizer], torch.optim.Optimizer]:
         steps, multiplier = self.steps, problem.multiplier
+        if problem.form == "tolerance":
+            return [primal], ExponentiatedGradient([multiplier], lr=TOLERANCE_RATE / steps)
         if problem.form == "paper":
             rate = primal.param_groups[0]["lr"] if dual_lr is None else dual_lr
             plain: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in primal.defaults else {}
@@ -377,6 +432,7 @@ class PrimalDual(ConstrainedOptimizer):
             As ``roll``.
         """
         first, last = self._micro_step == 0, self._micro_step == self.accumulate - 1
+        self.cmp.step = self.step
         if first:
             self.zero_grad()
             self._before = None
@@ -385,6 +441,8 @@ class PrimalDual(ConstrainedOptimizer):
         state = self.cmp.state_of(loss)
         if not _everywhere_finite(loss):
             return self._skip(state, loss, f"loss {loss.item()}")
+        if self.cmp.form == "tolerance":
+            self._start_multipliers(loss)
         dual = state.compute_dual_lagrangian()
         dual_lagrangian = cast("Tensor", dual.lagrangian)
         if not self._dual_first:
@@ -406,6 +464,13 @@ class PrimalDual(ConstrainedOptimizer):
             self.step += 1
             self._skipped_in_a_row = 0
         return self._report(RollOut(loss.detach(), state, primal, dual), skipped=False)
+
+    @torch.no_grad()
+    def _start_multipliers(self, loss: Tensor) -> None:
+        """Give multipliers that are 0 still a value in units of the loss, the same on every rank."""
+        size = _sum_over_ranks(loss.detach().abs()) / _world_size()
+        start = TOLERANCE_START * size / cast("Tensor", self.cmp.excess)
+        self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
 
     @torch.no_grad()
     def dual_step(self) -> None:
@@ -508,6 +573,7 @@ class PrimalDual(ConstrainedOptimizer):
             "task_loss": rollout.loss,
             "step": self.step,
             "layers": tuple(self.cmp.relaxations),
+            "constraints": self.cmp.names,
             "gamma": torch.cat(tuple(self.cmp.gammas)).detach().cpu(),
             "violation": (observed.violation if strict is None else strict).detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
@@ -644,6 +710,14 @@ def _everywhere_finite(loss: Tensor) -> bool:
     if _world_size() > 1:
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
     return bad.item() == 0
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum over all processes."""
+    total = value.clone()
+    if _world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def _all_reduce(sizes: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:

@@ -399,7 +399,7 @@ class LayerStatus:
         gamma: Relaxation strength γ, or None for a strict layer.
         ratio: ‖γ f_neq‖ / ‖f_eq‖ on the example, or None without an example.
         multiplier: Lagrange multiplier λ, or None before a ``Problem`` was posed.
-        status: ``relaxed``, ``met`` (γ = 0), ``retired``, ``not called yet``, or ``strict: `` and the reason.
+        status: ``relaxed``, ``met`` (γ = 0), ``retired``, ``not called yet``, or ``strict:`` with the reason.
     """
 
     path: str

@@ -360,7 +360,12 @@ class TermFactory(Protocol):
 
 _FACTORIES: dict[type[nn.Module], TermFactory] = {}
 _ON_REQUEST: set[type[nn.Module]] = set()
-_HOSTS = {"e3nn": "ace.hosts.e3nn", "torch_geometric": "ace.hosts.pyg", "escnn": "ace.hosts.escnn"}
+_HOSTS = {
+    "e3nn": "ace.hosts.e3nn",
+    "torch_geometric": "ace.hosts.pyg",
+    "escnn": "ace.hosts.escnn",
+    "cuequivariance_torch": "ace.hosts.cuequivariance",
+}
 
 
 def register_term(*types: type[nn.Module], default: bool = True) -> Callable[[TermFactory], TermFactory]:

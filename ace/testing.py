@@ -9,6 +9,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -148,7 +149,10 @@ class HostTests:
         )
 
     def test_strength_zero_is_plain(self) -> None:
-        """At γ = 0, and with every term retired, it is bitwise the plain model; gradients too, but those of forces."""
+        """At γ = 0 it is bitwise the plain model, gradients up to rounding; with every term retired, these bitwise too.
+
+        Those of a model of forces up to rounding in both cases: its second backward pass sums in an order of its own.
+        """
         plain = self._plain()
         before, again = self._behaviour(plain), self._behaviour(plain)
         if problem := self._difference(again, before):
@@ -163,7 +167,7 @@ class HostTests:
             f"{self._name}: parameters were added outside of the relaxations, or lost"
         )
         _set_gamma(relaxed, 0.0)
-        problem = self._difference(self._behaviour(relaxed), before)
+        problem = self._difference(self._behaviour(relaxed), before, gradients_exact=False)
         assert not problem, f"{self._name}: at γ = 0 it is not the plain model: {problem}"
         for relaxation in relaxations(relaxed).values():
             relaxation.retire()
@@ -404,8 +408,10 @@ class HostTests:
         reason = self.unsupported.get(request.node.name.removeprefix("test_"))
         if reason:
             pytest.skip(f"the plain model cannot: {reason}")
+        state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             yield
+        random.setstate(state)
 
     @property
     def _name(self) -> str:
@@ -418,6 +424,7 @@ class HostTests:
 
     def _plain(self) -> nn.Module:
         torch.manual_seed(0)
+        random.seed(0)
         return self.model()
 
     def _relax(self, plain: nn.Module, batch: Any) -> nn.Module:
@@ -576,13 +583,18 @@ class HostTests:
         wrong = self._must("be recomputed in the backward pass", lambda: both(self._relaxed()))
         assert not wrong, f"{self._name}: recomputed in the backward pass, gradients differ: {wrong}"
 
-    def _difference(self, found: tuple[list[Tensor], _Gradients], expected: tuple[list[Tensor], _Gradients]) -> str:
-        """What differs bitwise between two behaviours."""
+    def _difference(
+        self,
+        found: tuple[list[Tensor], _Gradients],
+        expected: tuple[list[Tensor], _Gradients],
+        gradients_exact: bool = True,
+    ) -> str:
+        """What differs between two behaviours: outputs bitwise; gradients bitwise too, or up to rounding."""
         if problem := _unequal(found[0], expected[0]):
             return problem
         if found[1].keys() != expected[1].keys():
             return f"parameters {_changed(list(found[1]), list(expected[1]))}"
-        if self.forces:  # the second backward pass sums in an order that depends on all nodes of the graph
+        if self.forces or not gradients_exact:  # a sum over branches has an order, which a further branch changes
             return self._apart(found[1], expected[1], 1e3 * torch.finfo(self.dtype).eps)
         names = [f"gradient of {name}" for name in expected[1]]
         return _unequal(list(found[1].values()), list(expected[1].values()), names)

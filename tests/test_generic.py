@@ -136,3 +136,78 @@ def test_a_layer_that_writes_into_its_dict_is_refused_by_name():
 
     with pytest.raises(ace.errors.NotAttachable, match="writes its results into the dict"):
         ace.relax(Writes(), layers=Writes, example=({"pos": torch.randn(5, 3)},))
+
+
+class Degrees(nn.Module):
+    """Scalars and vectors of each point by degree, from those and the distances to all other points."""
+
+    def __init__(self, channels, start=None):
+        super().__init__()
+        self.scalars, self.vectors = (nn.Linear(channels, channels, bias=False) for _ in range(2))
+        self.radial = nn.Linear(1, 1)
+        if start is not None:
+            for layer in (self.scalars, self.vectors):
+                nn.init.constant_(layer.weight, start)
+
+    def forward(self, features, distances):
+        weight = self.radial(distances[..., None]).mean(-2, keepdim=True)
+        vectors = self.vectors(features["1"].mT).mT
+        return {"0": self.scalars(features["0"].mT).mT * weight, "1": vectors * weight}
+
+
+class Cloud(nn.Module):
+    """A network that writes to the dict that its last layer returned."""
+
+    def __init__(self, start=None):
+        super().__init__()
+        self.embed = nn.Linear(1, 4)
+        self.layers = nn.ModuleList([Degrees(4, start), Degrees(4)])
+
+    def forward(self, coors):
+        relative = coors[:, :, None] - coors[:, None]
+        distances = relative.norm(dim=-1)
+        scalars = self.embed(distances.sum(-1, keepdim=True))
+        features = {"0": scalars[..., None], "1": relative.sum(2)[:, :, None] * torch.arange(1.0, 5.0)[:, None]}
+        for layer in self.layers:
+            change = layer(features, distances)
+            features = {key: value + change[key] for key, value in features.items()}
+        out = self.layers[0](features, distances)
+        out["0"] = out["0"].squeeze(-1)
+        return {key: value + features[key].reshape(value.shape) for key, value in out.items()}
+
+
+@pytest.mark.parametrize("start", [None, 0.0])
+def test_all_degrees_are_read_and_written_and_neighbours_are_not_features(start):
+    coors = torch.randn(2, 6, 3)
+    relaxed = ace.relax(Cloud(start), example=coors)
+    assert list(ace.relaxations(relaxed)) == ["layers.0", "layers.1"]
+    for relaxation in ace.relaxations(relaxed).values():
+        assert [(port.inside, port.width) for port in relaxation.term.reads] == [(("0",), 4), (("1",), 12)]
+        assert [(write.key, write.width) for write in relaxation.term.writes] == [("0", 4), ("1", 12)]
+    assert relaxed(torch.randn(2, 9, 3))["1"].shape == (2, 9, 4, 3)
+
+
+def test_a_dict_that_is_changed_afterwards_is_recorded_as_it_was():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Degrees(4)
+
+        def forward(self, coors):
+            vectors = coors[:, :, None] * torch.arange(1.0, 5.0)[:, None]
+            features = {"0": vectors.norm(dim=-1, keepdim=True), "1": vectors}
+            out = self.layer(features, torch.cdist(coors, coors))
+            out["0"] = out["0"].squeeze(-1).sum(-1)
+            return out
+
+    relaxed = ace.relax(Last(), layers=Degrees, example=torch.randn(2, 6, 3))
+    assert [write.width for write in relaxed.layer.relaxation.term.writes] == [4, 12]
+
+
+def test_the_parts_of_a_data_come_in_the_order_of_their_names():
+    from torch_geometric.data import Data
+
+    from ace.calls import parts_of
+
+    data = Data(**{name: torch.ones(1) for name in "zyxwvut"})
+    assert list(parts_of(data)) == sorted("zyxwvut")

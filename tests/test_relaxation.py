@@ -257,7 +257,7 @@ def chosen(name):
 
 
 @pytest.mark.parametrize("copying", sorted(COPIES))
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["egnn", "egno", "segnn"])
 def test_benchmark_models_come_back(name, copying):
     model, example = benchmark_model(name), graphs()
     before = trace(COPIES[copying](model))  # e3nn rebuilds its layers when it is copied
@@ -275,7 +275,7 @@ def test_benchmark_models_come_back(name, copying):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["egnn", "egno", "segnn"])
 def test_restored_models_are_equivariant_and_relaxed_ones_are_not(name, dtype, tolerance):
     model, example = benchmark_model(name, dtype), graphs(dtype)
     relaxed = ace.relax(model, layers=chosen(name), example=example)

@@ -39,8 +39,12 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     namespace: dict[str, object] = {"__name__": "__main__"}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ace.errors.ConstraintNotMet)
-        for line, code in blocks(page):
-            exec(compile("\n" * line + code, page, "exec"), namespace)
+        usual = torch.get_default_dtype()
+        try:
+            for line, code in blocks(page):
+                exec(compile("\n" * line + code, page, "exec"), namespace)
+        finally:
+            torch.set_default_dtype(usual)  # nequip asks for another
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

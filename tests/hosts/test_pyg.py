@@ -109,6 +109,7 @@ class TestSchNetWithInteractionGraph(HostTests):
         ]
 
 
+@pytest.mark.hosts
 class TestDimeNetPlusPlus(HostTests):
     def model(self):
         use_neighbours()

@@ -90,3 +90,16 @@ class TestSO3net(Potential):
 def test_terms_run_on_molecules_of_another_size(host):
     relaxed = ace.relax(host().model(), example=host().batch())
     assert relaxed(graph("CH3OH"))["forces"].shape == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("host", "blocks"),
+    [
+        (TestSchNet, ("interactions",)),
+        (TestPaiNN, ("interactions", "mixing")),
+        (TestSO3net, ("so3convs", "gatings")),
+    ],
+)
+def test_default_terms_are_those_of_the_blocks(host, blocks):
+    relaxed = ace.relax(host().model(), example=host().batch())
+    assert list(ace.relaxations(relaxed)) == [f"representation.{name}.{index}" for name in blocks for index in range(2)]
