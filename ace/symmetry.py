@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from ace.calls import call
@@ -97,7 +98,8 @@ class Watch:
         arguments = model_inputs(plain, example, self.inputs)
         samples = _Samples(arguments, self.share)
         nodes = samples.nodes if isinstance(group, Permutations) else None
-        elements = group.sample(samples.count, hash((self.seed, step)) & 0x7FFFFFFF, nodes=nodes)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        elements = group.sample(samples.count, hash((self.seed, step, rank)) & 0x7FFFFFFF, nodes=nodes)
         leaves = typed_outputs(plain, group, elements[0], arguments, output, self.outputs, [], nodes)
         moved = {
             entry.path: act_by_sample(
