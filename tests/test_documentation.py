@@ -150,6 +150,7 @@ def test_the_method_page_has_the_rates_of_the_code() -> None:
     for fact in (
         rf"$\kappa_d = {problem.DUAL_RATE:g}$, $\kappa_\gamma = {problem.PRIMAL_RATE:g}$",
         f"the last {100 * polish:g} % by default",
+        rf"\kappa_e = {problem.TOLERANCE_RATE:g}",
         rf"$\eta_\gamma = {4 * problem.AUGMENTED_RATE:g}/(cT)$",
         rf"$\eta_d = {problem.AUGMENTED_RATE:g}c/T$",
         f"start at {terms.START:g} times",
