@@ -66,6 +66,7 @@ class Setting:
         depth: Layer of the teacher after which it happens.
         steps: Training steps T.
         batch: Samples in a batch.
+        samples: Samples to train on.
         primal: A name of ``OPTIMIZERS``.
         scale: What the loss is multiplied by.
         seed: Seed of data, initial weights and batches.
@@ -76,6 +77,7 @@ class Setting:
     depth: int = 0
     steps: int = 3000
     batch: int = 64
+    samples: int = 4000
     primal: str = "adam"
     scale: float = 1.0
     seed: int = 0
@@ -83,8 +85,7 @@ class Setting:
     @property
     def name(self) -> str:
         """A name for files."""
-        parts = (self.variant, self.strength, self.depth, self.steps, self.batch, self.primal, self.scale, self.seed)
-        return "_".join(str(part) for part in parts).replace(" ", "").replace("|", "").replace(",", "")
+        return "_".join(str(part) for part in asdict(self).values()).replace(" ", "").replace(",", "")
 
 
 KEY = [entry.name for entry in fields(Setting)]
@@ -169,6 +170,7 @@ ABLATIONS = {
 STRENGTHS = (0.0, 0.03, 0.1, 0.3, 1.0)
 LENGTHS = (500, 1500, 5000, 15000, 50000)
 BATCHES = (16, 64, 128, 512)
+SAMPLES = (4000, 20000, 200000)
 PRIMALS = ("adam", "adamw", "sgd")
 SCALES = (2.0**-10, 1e-3, 1.0, 1e3, 2.0**10)
 FEW = (0.0, 0.1, 0.3)
@@ -188,6 +190,7 @@ def grid() -> list[Setting]:
             runs += [Setting(strength=s, primal=primal, seed=seed) for primal in PRIMALS for s in FEW]
             runs += [Setting(strength=s, batch=batch, seed=seed) for batch in BATCHES for s in FEW]
         runs += [Setting(strength=s, steps=steps, seed=seed) for steps in LENGTHS[:3] for s in TWO]
+    runs += [Setting(strength=s, batch=512, samples=n, seed=seed) for seed in range(2) for n in SAMPLES for s in TWO]
     runs += [Setting(strength=s, steps=LENGTHS[3], seed=seed) for seed in range(2) for s in TWO]
     runs += [Setting(strength=s, steps=LENGTHS[4]) for s in TWO]
     result: dict[Setting, None] = {}
@@ -215,7 +218,7 @@ def train(setting: Setting) -> tuple[dict[str, float], Tensor]:
     Returns:
         What was measured, and γ after each step, shape (T, layers), without layers for strict training.
     """
-    task = Broken(strength=setting.strength, layer=setting.depth, seed=setting.seed)
+    task = Broken(strength=setting.strength, layer=setting.depth, train=setting.samples, seed=setting.seed)
     x, y = task.splits["train"].pos, task.splits["train"].target
     test = task.splits["test"].pos
     clean = task.clean(test).flatten(0, 1)
@@ -349,12 +352,13 @@ def run(folder: Path, settings: list[Setting], jobs: int) -> int:
     return failures
 
 
+HEADINGS = {"depth": "break after layer", "primal": "optimizer", "scale": "loss times"}
 BY_LAYER = {"lets_go": "lets go, by layer", "mean": "mean γ, by layer"}
 NUMBERS = {
     "overshoot": "overshoot",
-    "settled": "settled",
+    "settled": "all settled",
     "final": "final γ",
-    "gap_before_polish": "gap before polish",
+    "gap_before_polish": "gap before the polish",
     "gap_end": "gap at the end",
     "test": "test",
     "strict": "test, strict",
@@ -401,10 +405,12 @@ def parts(runs: pd.DataFrame) -> dict[str, tuple[list[str], pd.DataFrame]]:
 
     batch, primal, length, one_out = (varying(name, "strength") for name in ("batch", "primal", "steps", "variant"))
     unit = varying("primal", "scale", "strength")
+    samples = varying("samples", "batch", "strength")[1].query("batch == 512 and strength in @TWO")
     return {
         "Strength and depth of the break": varying("depth", "strength"),
         "Training length": _among(length, "strength", TWO),
         "Batch size": _among(batch, "strength", FEW),
+        "Training samples, at batch 512": (["samples", "strength"], samples),
         "Optimizer of the weights": _among(_among(primal, "strength", FEW), "primal", PRIMALS),
         "Unit of the loss": _among(_among(unit, "strength", TWO), "primal", list(OPTIMIZERS)[:2]),
         "One ingredient out": _among(one_out, "strength", FEW),
@@ -416,13 +422,12 @@ def _among(part: tuple[list[str], pd.DataFrame], name: str, values: Any) -> tupl
 
 
 def table(keys: list[str], runs: pd.DataFrame) -> str:
-    """A Markdown table: n, and of each number the median over the seeds and its least and largest value."""
-    numbers = {name: heading for name, heading in NUMBERS.items() if runs[name].notna().any()}
-    headings = ["break after layer" if key == "depth" else key for key in keys] + [
-        "n",
-        *BY_LAYER.values(),
-        *numbers.values(),
-    ]
+    """A Markdown table: n, and of each number the median over the seeds and its least and largest value.
+
+    By layer only the median; numbers that are 0 in all runs have no column.
+    """
+    numbers = {name: heading for name, heading in NUMBERS.items() if runs[name].fillna(0).any()}
+    headings = [*(HEADINGS.get(key, key) for key in keys), "n", *BY_LAYER.values(), *numbers.values()]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for values, rows in runs.groupby(keys, observed=True):
         layers = [
@@ -430,7 +435,7 @@ def table(keys: list[str], runs: pd.DataFrame) -> str:
             for name in BY_LAYER
         ]
         cells = [
-            *(_value(value) for value in values),
+            *(_value(value + 1 if key == "depth" else value) for key, value in zip(keys, values, strict=True)),
             str(len(rows)),
             *layers,
             *(_spread(rows[name]) for name in numbers),
@@ -478,8 +483,8 @@ def where(runs: pd.DataFrame) -> str:
 def units(folder: Path, runs: pd.DataFrame) -> str:
     """A Markdown table: how far the path of γ differs from that with the loss times 1."""
     lines = [
-        "| primal | loss times | strength | γ path | largest difference of γ | of the mean of γ over training |",
-        "|---" * 6 + "|",
+        "| optimizer | loss times | strength | γ path | largest difference, first 100 steps | all steps | of mean γ |",
+        "|---" * 7 + "|",
     ]
     _, rows = parts(runs)["Unit of the loss"]
     for row in rows[rows["scale"] != 1].to_dict("records"):
@@ -489,10 +494,11 @@ def units(folder: Path, runs: pd.DataFrame) -> str:
             continue
         path, other = path_of(folder, setting), path_of(folder, reference)
         same = "bitwise the same" if np.array_equal(path, other) else "differs"
+        apart = np.abs(path - other)
         means = np.abs(np.abs(path).mean(0) - np.abs(other).mean(0)).max()
         lines.append(
             f"| {setting.primal} | {_value(setting.scale)} | {setting.strength:g} | {same} "
-            f"| {_short(np.abs(path - other).max())} | {_short(means)} |"
+            f"| {_short(apart[:100].max())} | {_short(apart.max())} | {_short(means)} |"
         )
     return "\n".join(lines)
 
@@ -558,16 +564,20 @@ def _frame(ax: Axes) -> None:
 
 def draw_shares(runs: pd.DataFrame) -> Figure:
     """When layers let go (top) and mean γ (bottom) against what the user chooses, symmetric and broken data."""
-    titles = ("Training length", "Batch size", "Optimizer of the weights", "Unit of the loss")
-    labels = ("training steps", "batch", "optimizer of the weights", "loss times")
-    figure = Figure(figsize=(11, 5.6), layout="constrained", dpi=130)
-    axes = figure.subplots(len(BY_LAYER), len(titles), sharex="col", sharey="row", squeeze=False)
+    labels = {
+        "Training length": "training steps",
+        "Batch size": "batch",
+        "Training samples, at batch 512": "training samples (batch 512)",
+        "Optimizer of the weights": "optimizer of the weights",
+        "Unit of the loss": "loss times",
+    }
+    figure = Figure(figsize=(12, 5.6), layout="constrained", dpi=130)
+    axes = figure.subplots(len(BY_LAYER), len(labels), sharex="col", sharey="row", squeeze=False)
     tables = parts(runs)
-    for column, (title, label) in enumerate(zip(titles, labels, strict=True)):
+    for column, (title, label) in enumerate(labels.items()):
         keys, rows = tables[title]
-        rows = _among(_among((keys, rows), "strength", TWO), "primal", PRIMALS)[1] if title != titles[-1] else rows
-        rows = rows[rows["primal"] == "adam, eps = 0"] if title == titles[-1] else rows
-        name = "scale" if title == titles[-1] else keys[0]
+        name = keys[-2]  # before the strength
+        rows = rows[rows["strength"].isin(TWO) & ((name != "scale") | (rows["primal"] == "adam, eps = 0"))]
         ticks = [value for value in rows[name].unique() if not pd.isna(value)]
         for row, quantity in enumerate(BY_LAYER):
             ax = axes[row, column]
@@ -587,10 +597,11 @@ def draw_shares(runs: pd.DataFrame) -> Figure:
                         linewidth=0.9,
                         elinewidth=0.7,
                     )
-            ax.set_ylim(0, None)
         axes[0, column].axhline(1 - POLISH, color="0.4", linestyle=":", linewidth=1)
         axes[-1, column].set_xticks(range(len(ticks)), [_value(tick) for tick in ticks])
         axes[-1, column].set_xlabel(label)
+    for row in axes:
+        row[0].set_ylim(0, max(ax.dataLim.ymax for ax in row) * 1.06)
     axes[0, 0].set_ylabel("lets go at this share of the steps")
     axes[1, 0].set_ylabel("mean |γ| over training")
     handles = [
