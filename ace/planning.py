@@ -109,8 +109,11 @@ def plan(
         return trial.plan(_explicit(whole, trial, example))
     spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
     found = _registered(model, trial, spared) or _outermost(model, trial, spared)
+    for path, module in trial.layers.items():
+        if _is_scripted(module) and next(module.parameters(), None) is not None:
+            trial.strict.setdefault(path, trial.attempt(path) or "")
     if not found:
-        raise NoLayerMatched(_nothing_found(model, trial))
+        raise NoLayerMatched(_nothing_found(trial))
     return trial.plan(found)
 
 
@@ -379,7 +382,7 @@ def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> 
     return chosen
 
 
-def _nothing_found(model: nn.Module, trial: _Trial) -> str:
+def _nothing_found(trial: _Trial) -> str:
     reasons = "".join(f"\n  {path or '(root)'}: {reason}" for path, reason in trial.strict.items())
     return (
         "no layer of the model can carry a relaxation term, so nothing was changed. Choose layers by type, regular "
