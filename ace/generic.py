@@ -31,12 +31,14 @@ class Layout:
     """How a tensor is split into rows and features: the feature axes, in order, and the sizes of the others.
 
     ``sure`` is False where the feature axis is a guess: an axis that holds no components and has the size of no
-    parameter may hold neighbours, of which the next example has another number.
+    parameter may hold neighbours, of which the next example has another number. ``moves`` is True where the example
+    shows components.
     """
 
     axes: tuple[int, ...]
     rows: tuple[int, ...]
     sure: bool = True
+    moves: bool = False
 
 
 def generic_term(site: Site) -> nn.Module:
@@ -72,8 +74,8 @@ def generic_term(site: Site) -> nn.Module:
     outputs = [(p, v) for p, v in tensors_in(output) if _is_features(v) and id(v) not in passed_on]
     seen_in = _layouts(site, inputs, outputs, read=True)
     seen_out = _layouts(site, outputs, inputs, read=False)
-    layouts_in = _of_zeros(inputs, seen_in, outputs, seen_out)
-    layouts_out = _of_zeros(outputs, seen_out, inputs, seen_in)
+    layouts_in = _as_shown(inputs, seen_in, outputs, seen_out)
+    layouts_out = _as_shown(outputs, seen_out, inputs, seen_in)
     rows = _shared_rows(site, layouts_in, layouts_out)
     if rows is None:
         raise NotAttachable(
@@ -174,7 +176,7 @@ def _layouts(
             channel, sure = -1, dim == 2 or any(other.shape == value.shape for _, other in others)
         axes = tuple(sorted(features if channel is None else {*features, channel}))
         rows = tuple(value.shape[axis] for axis in range(-dim, 0) if axis not in axes)
-        layouts.append(Layout(axes, rows, sure))
+        layouts.append(Layout(axes, rows, sure, bool(vectors)))
     return layouts
 
 
@@ -195,18 +197,23 @@ def _neighbours(nodes: tuple[int, ...]) -> tuple[int, ...]:
     return (nodes[-1], nodes[-1] - 1) if nodes else ()
 
 
-def _of_zeros(
+def _as_shown(
     tensors: list[tuple[Path, Tensor]],
     layouts: list[Layout],
     others: list[tuple[Path, Tensor]],
     other_layouts: list[Layout],
 ) -> list[Layout]:
-    """Layouts in which a tensor of zeros, which shows nothing, has that of one of its shape on the other side."""
+    """Layouts in which a tensor that shows no components has that of one of its shape on the other side that does.
+
+    The vectors that enter a first layer may be zero still, or spherical tensors have their scalars only.
+    """
     shown = {value.shape: layout for (_, value), layout in zip(others, other_layouts, strict=True) if value.any()}
-    return [
-        layout if value.any() else shown.get(value.shape, layout)
-        for (_, value), layout in zip(tensors, layouts, strict=True)
-    ]
+    result = []
+    for (_, value), layout in zip(tensors, layouts, strict=True):
+        other = shown.get(value.shape)
+        take = other is not None and not layout.moves and (other.moves or not value.any())
+        result.append(other if take and other is not None else layout)
+    return result
 
 
 def _shared_rows(site: Site, inputs: list[Layout], outputs: list[Layout]) -> tuple[int, ...] | None:
