@@ -8,7 +8,7 @@ READY := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow hosts lint types docs bench clean
+.PHONY: help install demo test test-slow test-hosts hosts lint types docs bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,14 +47,22 @@ WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
 	@touch $@
 
 # An environment of one library runs the tests and the page of that library; the shared one runs all it can import.
-hosts: $(HOSTS:%=.venvs/%/.installed) ## Test the models of other libraries, each where it can be installed; write docs/hosts/results.csv
-	@failed=; for name in $(HOSTS); do \
-	  echo "== $$name"; \
-	  what=tests/hosts; \
-	  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py -k $$name"; fi; \
-	  PYTHONPATH=tests .venvs/$$name/bin/python -m pytest -p hosts.report --environment $$name -m "not slow" $$what || failed="$$failed $$name"; \
-	done; \
-	test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
+# $(1): options of pytest. The tests of a library that has an environment of its own run there, all others in "shared".
+define each_host
+@failed=; for name in $(HOSTS); do \
+  echo "== $$name"; \
+  what=tests/hosts; \
+  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py -k $$name"; fi; \
+  PYTHONPATH=tests .venvs/$$name/bin/python -m pytest $(1) $$what || failed="$$failed $$name"; \
+done; \
+test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
+endef
+
+test-hosts: $(HOSTS:%=.venvs/%/.installed) ## Test other libraries' models, each where it can be installed; compiling and DDP left out
+	$(call each_host,-n 2 -q)
+
+hosts: $(HOSTS:%=.venvs/%/.installed) ## Test them in full (half an hour), and write docs/hosts/results.csv
+	$(call each_host,-p hosts.report --environment $$name -m "not slow")
 
 lint: $(READY) ## Check style, formatting and the import rules
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from ace.history import replace_file
 from benchmarks.speed.models import SUBJECTS, Subject
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
-LIBRARY = {"mace": "mace-torch", "nequip": "nequip"}
+LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
 
 
 def variants(subject: Subject) -> dict[str, object]:

@@ -134,6 +134,44 @@ def nequip() -> Subject:
     return Subject(model, (batch,), _energy_and_forces("total_energy"), "1 molecule of 9 atoms")
 
 
+def schnet() -> Subject:
+    """SchNet of torch-geometric with its own default sizes on 8 molecules of 12 atoms."""
+    from torch_geometric.nn.models import SchNet
+
+    def all_pairs(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        near = (batch[:, None] == batch) & ~torch.eye(len(batch), dtype=torch.bool)
+        edges = near.nonzero().T
+        return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
+
+    batch = torch.arange(8).repeat_interleave(12)
+    example = (torch.randint(1, 9, (96,)), 3 * torch.randn(96, 3), batch)
+    model = SchNet(interaction_graph=all_pairs)
+    return Subject(model, example, lambda output: output.square().mean(), "8 molecules of 12 atoms")
+
+
+def vn_dgcnn() -> Subject:
+    """VN-DGCNN on 4 clouds of 256 points."""
+    from benchmarks.models.vn import VNDGCNN
+
+    model = VNDGCNN(classes=40)
+    return Subject(model, torch.randn(4, 256, 3), lambda output: output.square().mean(), "4 clouds of 256 points")
+
+
+def c4_cnn() -> Subject:
+    """Four steerable convolutions of escnn, with 16 fields of C4, on images of 32 x 32 pixels."""
+    from escnn import gspaces
+    from escnn import nn as enn
+
+    space = gspaces.rot2dOnR2(N=4)
+    trivial, hidden = enn.FieldType(space, [space.trivial_repr]), enn.FieldType(space, 16 * [space.regular_repr])
+    stages = []
+    for width in (trivial, hidden, hidden, hidden):
+        stages += [enn.R2Conv(width, hidden, kernel_size=5, padding=2), enn.InnerBatchNorm(hidden), enn.ReLU(hidden)]
+    model = enn.SequentialModule(*stages, enn.R2Conv(hidden, trivial, kernel_size=5, padding=2))
+    example = enn.GeometricTensor(torch.randn(8, 1, 32, 32), trivial)
+    return Subject(model, example, lambda output: output.tensor.square().mean(), "8 images of 32 x 32")
+
+
 def _energy_and_forces(energy: str) -> Callable[[Any], Tensor]:
     def loss(output: Any) -> Tensor:
         value: Tensor = output[energy].square().mean() + (output["forces"] - 0.1).square().mean()
@@ -142,4 +180,12 @@ def _energy_and_forces(energy: str) -> Callable[[Any], Tensor]:
     return loss
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"segnn": segnn, "egnn": egnn, "mace": mace, "nequip": nequip}
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "segnn": segnn,
+    "egnn": egnn,
+    "mace": mace,
+    "nequip": nequip,
+    "schnet": schnet,
+    "vn-dgcnn": vn_dgcnn,
+    "c4-cnn": c4_cnn,
+}
