@@ -68,6 +68,14 @@ class AceResilient(_Relaxing):
     rho: float = Field(1.0, gt=0)
 
 
+class AceTolerance(_Relaxing):
+    """The equivariance error of the model stays below ``eps``, measured on ``share`` of each batch; relaxed is shipped."""
+
+    name: Literal["ace-tolerance"]
+    eps: float = Field(0.05, gt=0)
+    share: float = Field(1.0, gt=0, le=1)
+
+
 class AcePaper(_Relaxing):
     """γ = 0 by the published algorithm with dual rate ``dual_lr`` (default: ``lr``); restored is shipped."""
 
@@ -102,6 +110,7 @@ CHOICES: dict[str, dict[str, type[_Frozen]]] = {
         "unconstrained": Unconstrained,
         "ace": Ace,
         "ace-resilient": AceResilient,
+        "ace-tolerance": AceTolerance,
         "ace-paper": AcePaper,
         "cr": Cr,
     },
@@ -256,7 +265,7 @@ def load_suite(path: str | Path, words: Iterable[str] = ()) -> Suite:
 
     Example:
         >>> sorted({run.method.name for run in load_suite("smoke").runs})
-        ['ace', 'ace-paper', 'ace-resilient', 'cr', 'strict', 'unconstrained']
+        ['ace', 'ace-paper', 'ace-resilient', 'ace-tolerance', 'cr', 'strict', 'unconstrained']
     """
     path = find("suites", path)
     source = str(path)

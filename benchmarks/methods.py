@@ -55,6 +55,11 @@ class Method(ABC):
     def step(self, batch: Batch) -> Any:
         """Update the model; return what ``History.append`` records."""
 
+    def admits(self, error: float) -> bool:
+        """Whether a model of this equivariance error may be shipped."""
+        del error
+        return True
+
     def finish(self) -> nn.Module:
         """Return the model that is shipped."""
         if ace.relaxations(self.model) and not self.ships_relaxed:
@@ -180,7 +185,7 @@ class Ace(Method):
             **self.form(),
         )
 
-    def constraint(self) -> ace.Exact | ace.Resilient:
+    def constraint(self) -> ace.Exact | ace.Resilient | ace.EquivarianceError:
         """Return what is asked of γ."""
         return ace.Exact()
 
@@ -207,6 +212,24 @@ class AceResilient(Ace):
         return ace.Resilient(self.config.method.rho)
 
 
+class AceTolerance(Ace):
+    """A tolerance on the equivariance error of the whole model, shipped with its terms."""
+
+    ships_relaxed = True
+
+    def constraint(self) -> ace.EquivarianceError:  # noqa: D102
+        return ace.EquivarianceError(
+            self.task.group,
+            self.config.method.eps,
+            inputs=self.task.input_types,
+            outputs=self.task.output_type,
+            share=self.config.method.share,
+        )
+
+    def admits(self, error: float) -> bool:  # noqa: D102
+        return error <= self.config.method.eps
+
+
 class AcePaper(Ace):
     """γ = 0 by Algorithm 1 as published."""
 
@@ -219,6 +242,7 @@ METHODS: dict[str, type[Method]] = {
     "unconstrained": Unconstrained,
     "ace": Ace,
     "ace-resilient": AceResilient,
+    "ace-tolerance": AceTolerance,
     "ace-paper": AcePaper,
     "cr": Cr,
 }

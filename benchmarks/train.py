@@ -148,7 +148,7 @@ class _Training:
         self.probe = next(self.task.batches("valid", PROBE)).inputs
         self.history = ace.History(folder / "history.csv", every=config.log_every)
         self.step = 0
-        self.best: dict[str, Any] = {"step": 0, "value": math.inf, "model": {}}
+        self.best: dict[str, Any] = {"step": 0, "value": math.inf, "rank": [2.0, 0.0], "model": {}}
         self.seconds = {"steps": 0.0, "cpu": 0.0, "all": 0.0}  # the processor's time does not depend on what else runs
         if self.checkpoint.exists():
             self.load()
@@ -185,15 +185,19 @@ class _Training:
                 progress(self.step)
 
     def evaluate(self, epoch: int) -> None:
-        """Measure on the validation split, and keep the weights if what would be shipped is the best so far."""
+        """Measure on the validation split, and keep the weights if what would be shipped is the best so far.
+
+        Models that the method does not admit come after all others, the most symmetric of them first.
+        """
         relaxed, restored = self.measure("valid")
         with torch.no_grad():
             error = self.equivariance_error(self.probe)
         self.history.log(self.step, epoch, valid_relaxed=relaxed, valid_restored=restored, equivariance_error=error)
         value = relaxed if self.method.ships_relaxed else restored
-        if value < self.best["value"]:
+        rank = [0.0, value] if self.method.admits(error) else [1.0, error]
+        if math.isfinite(value) and rank < self.best["rank"]:
             weights = {key: tensor.detach().clone() for key, tensor in self.method.model.state_dict().items()}
-            self.best = {"step": self.step, "value": value, "model": weights}
+            self.best = {"step": self.step, "value": value, "rank": rank, "model": weights}
 
     def measure(self, split: str) -> tuple[float, float]:
         """Return the task's metric of the relaxed and of the restored model."""

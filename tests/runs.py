@@ -24,7 +24,7 @@ TINY = (
     "log_every=1",
     "checkpoint_every=8",
 )
-METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-paper", "cr")
+METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "ace-paper", "cr")
 
 
 def tiny(*words: str) -> RunConfig:

@@ -364,7 +364,5 @@ def test_base_state_dict_goes_back():
     assert all(torch.equal(a, r.gamma) for a, r in zip(gammas, ace.relaxations(relaxed).values(), strict=True))
     wrong = {**state, "other": torch.ones(1), "embed.weight": torch.ones(2, 2)}
     del wrong["read.bias"]
-    with pytest.raises(
-        ace.errors.CheckpointMismatch, match=r"missing read.bias.*unexpected other.*embed.weight"
-    ):
+    with pytest.raises(ace.errors.CheckpointMismatch, match=r"missing read.bias.*unexpected other.*embed.weight"):
         ace.load_base_state_dict(relaxed, wrong)

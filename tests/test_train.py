@@ -41,7 +41,7 @@ for folder, words, steps in json.loads(sys.argv[1]):
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
-KILLED = ("strict", "ace", "ace-resilient", "cr")
+KILLED = ("strict", "ace", "ace-resilient", "ace-tolerance", "cr")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_the_folder_and_the_summary_of_a_run(tmp_path, name):
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert load_run(tmp_path / "config.yaml") == config
-    ships_relaxed = name in {"unconstrained", "ace-resilient"}
+    ships_relaxed = name in {"unconstrained", "ace-resilient", "ace-tolerance"}
     assert summary["test_shipped"] == summary["test_relaxed" if ships_relaxed else "test_restored"]
     if ships_relaxed:
         assert (summary["equivariance_error"] > 1e-3) == (summary["max_gamma"] > 0)
