@@ -69,7 +69,7 @@ class AceResilient(_Relaxing):
 
 
 class AceTolerance(_Relaxing):
-    """The equivariance error of the model stays below ``eps``, measured on ``share`` of each batch; relaxed is shipped."""
+    """The equivariance error of the model stays below ``eps``; the relaxed model is shipped."""
 
     name: Literal["ace-tolerance"]
     eps: float = Field(0.05, gt=0)
