@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 import sys
 import warnings
 from collections import Counter
@@ -50,6 +51,7 @@ class Report:
         host = getattr(item, "cls", None)
         if isinstance(host, type) and issubclass(host, HostTests) and (report.when == "call" or not report.passed):
             reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else ""
+            reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # an address is another each time
             check = item.name.removeprefix("test_")
             if self.hosts.setdefault(host, {}).get(check, ("passed",))[0] == "passed":
                 self.hosts[host][check] = (report.outcome, reason)
@@ -85,6 +87,7 @@ def row(host: type[HostTests], checks: dict[str, tuple[str, str]]) -> dict[str, 
 def facts(host: HostTests) -> dict[str, str]:
     """Library, layers and errors; only the library where the model cannot be relaxed."""
     found = {}
+    torch.set_default_dtype(torch.float32)  # some libraries ask for another, and leave it
     try:
         plain = host._plain()
         found["library"], found["version"] = library_of(plain)
@@ -113,7 +116,7 @@ def library_of(model: torch.nn.Module) -> tuple[str, str]:
     ours = {"torch", "ace", "torch_geometric"} if "e3nn" in names else {"torch", "ace"}
     foreign = [name for name in names if name in distributions and name not in ours]
     if not foreign:
-        return "none", ""
+        return "(ace's benchmarks)", ""
     name = foreign[0] if foreign[0] == names[0] else Counter(foreign).most_common(1)[0][0]
     distribution = distributions[name][0]
     return distribution, metadata.version(distribution)
@@ -162,7 +165,7 @@ def tables(rows: list[dict[str, str]]) -> str:
 
 def _cells(row: dict[str, str]) -> list[str]:
     error = f"{row['error']} ({row['group']})"
-    name = f"{row['library']} {row['version']}"
+    name = f"{row['library']} {row['version']}".strip()
     return [name, row["environment"], row["host"], row["relaxed"], row["strict"], row["floor"], error, _checks(row)]
 
 
