@@ -413,7 +413,9 @@ class PrimalDual(ConstrainedOptimizer):
 
         Returns:
             Cooper's ``RollOut``. ``loss`` is the task loss; ``cmp_state.misc`` holds ``step``, ``layers`` and, after
-            the step and detached, ``gamma``, ``violation`` (before it) and ``multiplier``, each of shape (layers,).
+            the step and detached, ``gamma``, ``violation`` (before it) and ``multiplier``, each of shape (layers,);
+            under ``EquivarianceError`` the last two are of shape (groups,), named by ``constraints``, and the
+            violation is r/ε - 1.
 
         Raises:
             NonFiniteLoss: After ``max_skipped`` consecutive batches without a finite loss.
@@ -568,7 +570,7 @@ class PrimalDual(ConstrainedOptimizer):
 
     def _report(self, rollout: RollOut, skipped: bool) -> RollOut:
         observed = rollout.cmp_state.observed_constraints[self.cmp.relaxation]
-        strict = observed.strict_violation
+        strict = observed.strict_violation if self.cmp.excess is None else self.cmp.excess.sqrt() - 1
         rollout.cmp_state.misc = {
             "task_loss": rollout.loss,
             "step": self.step,
