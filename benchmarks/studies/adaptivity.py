@@ -572,8 +572,9 @@ def draw_shares(runs: pd.DataFrame) -> Figure:
         "Optimizer of the weights": "optimizer of the weights",
         "Unit of the loss": "loss times",
     }
-    figure = Figure(figsize=(12, 5.6), layout="constrained", dpi=130)
-    axes = figure.subplots(len(BY_LAYER), len(labels), sharex="col", sharey="row", squeeze=False)
+    figure = Figure(figsize=(13, 5.6), layout="constrained", dpi=130)
+    widths = {"width_ratios": [1.5, *[1] * (len(labels) - 1)]}  # the first has the longest ticks
+    axes = figure.subplots(len(BY_LAYER), len(labels), sharex="col", sharey="row", squeeze=False, gridspec_kw=widths)
     tables = parts(runs)
     for column, (title, label) in enumerate(labels.items()):
         keys, rows = tables[title]
