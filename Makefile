@@ -42,7 +42,7 @@ WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
 .venvs/%/.installed: tests/hosts/environments/%.txt pyproject.toml
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install -r $<
-	.venvs/$*/bin/python -m pip install -e .
+	.venvs/$*/bin/python -m pip install -c $< -e .
 	$(if $(WITHOUT_REQUIREMENTS_$*),.venvs/$*/bin/python -m pip install --no-deps $(WITHOUT_REQUIREMENTS_$*))
 	@touch $@
 
