@@ -209,10 +209,11 @@ def _as_shown(
     """
     shown = {value.shape: layout for (_, value), layout in zip(others, other_layouts, strict=True) if value.any()}
     result = []
-    for (_, value), layout in zip(tensors, layouts, strict=True):
-        other = shown.get(value.shape)
-        take = other is not None and not layout.moves and (other.moves or not value.any())
-        result.append(other if take and other is not None else layout)
+    for (_, value), own in zip(tensors, layouts, strict=True):
+        layout, other = own, shown.get(value.shape)
+        if other is not None and not layout.moves and (other.moves or not value.any()):
+            layout = other
+        result.append(layout)
     return result
 
 

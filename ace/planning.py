@@ -169,27 +169,23 @@ class _Trial:
         if hasattr(layer, NAME):
             return f"it has an attribute {NAME!r} of its own"
         factory = registered_factory(layer) or generic_term
-        for positions in (self.given,) if self.given is not None else (None, self.spare):
-            if positions is None and self.given is not None:
-                continue
+        # the user's positions at once; else without any first, and with those found where that breaks no symmetry
+        tries = [self.given] if self.given is not None else [None] if self.spare is None else [None, self.spare]
+        for positions in tries:
             try:
                 term = factory(Site(path, layer, seen, self.make, positions, moved, self.rows))
             except NotAttachable as problem:
                 return str(problem)
-            model_tensor = like(layer, self.model, seen)
-            term = term.to(dtype=model_tensor.dtype, device=model_tensor.device).eval()
-            reads = getattr(term, "positions", None) is not None
+            target = like(layer, self.model, seen)
+            term = term.to(dtype=target.dtype, device=target.device).eval()
+            reads = positions is not None and getattr(term, "positions", None) is not None
             where = (positions, self.elsewhere) if reads and positions and self.elsewhere is not None else None
             if seen is None or moved is None or not is_inert(term, seen, moved, where):
                 self.terms[path] = term
                 return None
-            if self.spare is None:
-                break
-        return (
-            INVARIANT
-            + ("" if self.rows else "; positions= says where the positions are among the model's inputs")
-            + (", and its rows are not those of the positions" if self.rows else "")
-        )
+        if self.rows:
+            return f"{INVARIANT}, and its rows are not those of the positions"
+        return f"{INVARIANT}; positions= says where the positions are among the model's inputs"
 
     def on_nodes(self, path: str) -> bool:
         """Whether the rows of a layer's output are those of the positions; True where these are not known."""
