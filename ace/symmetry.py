@@ -49,12 +49,13 @@ class Watch:
         self.share = share
         self.seed = seed
         self._seen: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        self._read: tuple[Any, list[Input], _Samples] | None = None
         self._random: Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Remember the first call of the model inside the context."""
-        self._seen = None
+        self._seen = self._read = None
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
         after = self.model.register_forward_hook(self._after, with_kwargs=True)
         try:
@@ -89,14 +90,15 @@ class Watch:
         """
         if self._seen is None:
             raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
-        args, kwargs, output = self._seen
         run = getattr(self.model, "module", self.model)  # a wrapper has prepared its backward pass for one call
         plain = getattr(run, "_orig_mod", run)
-        example: Any = args
-        if kwargs:
-            example = {**dict(zip(parameter_names(plain), args, strict=False)), **kwargs}
-        arguments = model_inputs(plain, example, self.inputs)
-        samples = _Samples(arguments, self.share)
+        if self._read is None:  # once, however many groups there are
+            args, kwargs, _ = self._seen
+            named = {**dict(zip(parameter_names(plain), args, strict=False)), **kwargs} if kwargs else args
+            arguments = model_inputs(plain, named, self.inputs)
+            self._read = named, arguments, _Samples(arguments, self.share)
+        example, arguments, samples = self._read
+        output = self._seen[2]
         nodes = samples.nodes if isinstance(group, Permutations) else None
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         elements = group.sample(samples.count, hash((self.seed, step, rank)) & 0x7FFFFFFF, nodes=nodes)

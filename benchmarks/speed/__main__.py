@@ -28,10 +28,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "results"
 LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
 
 
-def variants(subject: Subject) -> dict[str, object]:
+def variants(subject: Subject, relaxed: torch.nn.Module) -> dict[str, object]:
     """Return one function a variant that does a training step."""
-    model = subject.model
-    relaxed = ace.relax(copy.deepcopy(model), example=subject.example)
     retired = copy.deepcopy(relaxed)
     for relaxation in ace.relaxations(retired).values():
         relaxation.retire()
@@ -40,16 +38,16 @@ def variants(subject: Subject) -> dict[str, object]:
         warnings.simplefilter("ignore", ConstraintNotMet)
         ace.restore(restored)
     return {
-        "strict": _plain(model, subject),
+        "strict": _plain(subject.model, subject),
         "relaxed": _constrained(relaxed, subject),
         "retired": _constrained(retired, subject),
         "restored": _plain(restored, subject),
     }
 
 
-def measure(subject: Subject, rounds: int, steps: int) -> pd.DataFrame:
+def measure(subject: Subject, relaxed: torch.nn.Module, rounds: int, steps: int) -> pd.DataFrame:
     """Return the milliseconds of a step, one row a round and a column a variant."""
-    functions = variants(subject)
+    functions = variants(subject, relaxed)
     for function in functions.values():
         function()
     rows = []
@@ -64,9 +62,8 @@ def measure(subject: Subject, rounds: int, steps: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summarise(name: str, subject: Subject, times: pd.DataFrame) -> dict[str, object]:
+def summarise(name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame) -> dict[str, object]:
     """Return one row of the table: median ratio to the plain model, with the quartiles over the rounds."""
-    relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
     plain = sum(parameter.numel() for parameter in subject.model.parameters())
     row: dict[str, object] = {
         "model": name,
@@ -123,7 +120,9 @@ def main() -> None:
         except ImportError as problem:
             print(f"{name}: left out, {problem}")
             continue
-        rows.append(summarise(name, subject, measure(subject, options.rounds, options.steps)))
+        relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
+        times = measure(subject, relaxed, options.rounds, options.steps)
+        rows.append(summarise(name, subject, relaxed, times))
         print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
     path = FOLDER / "cost.csv"
     table = pd.DataFrame(rows)
