@@ -2,7 +2,20 @@
 
 from ace import checkpoint
 from ace.constraints import Bounded, EquivarianceError, Exact, Resilient
-from ace.groups import E3, O3, SO2, SO3, Cyclic, Dihedral, Permutations
+from ace.groups import (
+    E3,
+    O3,
+    SO2,
+    SO3,
+    Cyclic,
+    Dihedral,
+    Inversion,
+    Octahedral,
+    Permutations,
+    Reflections,
+    Tilts,
+    Translations,
+)
 from ace.history import History
 from ace.metrics import ErrorReport, equivariance_error, lie_derivative
 from ace.problem import PrimalDual, Problem
@@ -31,11 +44,16 @@ __all__ = [
     "ErrorReport",
     "Exact",
     "History",
+    "Inversion",
+    "Octahedral",
     "Permutations",
     "PrimalDual",
     "Problem",
+    "Reflections",
     "Relaxation",
     "Resilient",
+    "Tilts",
+    "Translations",
     "base_state_dict",
     "checkpoint",
     "equivariance_error",

@@ -20,6 +20,7 @@ Geometry is computed in float64 and cast to the dtype of the tensor.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 import warnings
@@ -50,7 +51,7 @@ class Element:
 
     Attributes:
         matrix: Orthogonal map of 3-vectors, shape (3, 3), float64.
-        plane: The same element on 2-vectors, shape (2, 2), float64; groups about an axis only.
+        plane: The same element on 2-vectors, shape (2, 2), float64; groups that have an action on the plane only.
         translation: Shift of positions, shape (3,), float64, in the unit of the positions.
         permutation: Node i moves to place ``permutation[i]``, shape (nodes,), int64.
 
@@ -104,7 +105,7 @@ class Generator:
 
     Attributes:
         matrix: Antisymmetric, shape (3, 3), float64; zero for a translation.
-        plane: The same generator on 2-vectors, shape (2, 2), float64; groups about an axis only.
+        plane: The same generator on 2-vectors, shape (2, 2), float64; groups that have an action on the plane only.
         translation: Velocity of positions, shape (3,), float64; groups with translations only.
     """
 
@@ -147,20 +148,10 @@ class _AboutAxis(Group):
     axis: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if len(self.axis) != 3 or not 0 < math.hypot(*self.axis) < math.inf:
-            raise AceError(f"axis must be three finite numbers, not all zero; found {self.axis!r}")
-
-    def _frame(self) -> Tensor:
-        """Right-handed orthonormal columns (u, v, axis); (x, y, z) itself for the z axis."""
-        axis = torch.tensor(self.axis, dtype=torch.float64)
-        axis = axis / axis.norm()
-        start = torch.eye(3, dtype=torch.float64)[(int(axis.abs().argmax()) + 1) % 3]
-        u = start - (start @ axis) * axis
-        u = u / u.norm()
-        return torch.stack([u, torch.linalg.cross(axis, u), axis], dim=1)
+        _check_direction("axis", self.axis)
 
     def _element(self, plane: Tensor) -> Element:
-        frame = self._frame()
+        frame = _frame(self.axis)
         axis = frame[:, 2:]
         return Element(frame[:, :2] @ plane @ frame[:, :2].T + axis @ axis.T, plane)
 
@@ -192,7 +183,7 @@ class SO2(_AboutAxis):
 
     def generators(self) -> list[Generator]:  # noqa: D102
         plane = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
-        across = self._frame()[:, :2]
+        across = _frame(self.axis)[:, :2]
         return [Generator(across @ plane @ across.T, plane)]
 
 
@@ -231,6 +222,92 @@ class O3(Group):
 
 
 @dataclass(frozen=True)
+class Tilts(Group):
+    r"""Rotations about the axes perpendicular to ``axis``: what is left of SO(3) beside the rotations about ``axis``.
+
+    Every rotation is one turn about ``axis`` and then one tilt, in one way (but for tilts by π). The tilts are a set
+    and **no group**: two of them make a turn about ``axis``, so a model that is exactly equivariant under all tilts is
+    so under SO(3). A *measured* error is another matter: together with ``SO2(axis)`` it tells a break in the
+    vertical from one that is not.
+
+    Drawn such that the tilted axis is uniform on the sphere: a tilt after a uniform turn is a uniform rotation.
+
+    Args:
+        axis: Direction of the axis in space, any length.
+
+    Raises:
+        AceError: The axis is not a direction.
+
+    Example:
+        >>> [g] = Tilts().sample(1)
+        >>> bool(torch.isclose(g.matrix[0, 1], g.matrix[1, 0]))  # no turn about z
+        True
+    """
+
+    axis: tuple[float, float, float] = (0.0, 0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_direction("axis", self.axis)
+
+    def __str__(self) -> str:
+        return "tilts"
+
+    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
+        first, second = (generator.matrix for generator in self.generators())
+        height, angle = torch.rand(2, count, generator=_random(seed), dtype=torch.float64)
+        identity, elements = torch.eye(3, dtype=torch.float64), []
+        for cos, phi in zip((1 - 2 * height).tolist(), (2 * math.pi * angle).tolist(), strict=True):
+            about = math.cos(phi) * first + math.sin(phi) * second
+            elements.append(Element(identity + math.sqrt(1 - cos**2) * about + (1 - cos) * about @ about))
+        return elements
+
+    def generators(self) -> list[Generator]:  # noqa: D102
+        basis = torch.stack(_rotation_generators())
+        return [Generator(torch.tensordot(across, basis, 1)) for across in _frame(self.axis).T[:2]]
+
+
+@dataclass(frozen=True)
+class Translations(Group):
+    """Translations, of 3-d points and, along x and y, of 2-d points.
+
+    They have no uniform distribution: theirs is normal with standard deviation ``scale`` on each axis.
+
+    Args:
+        scale: Scale of the sampled translations, in the unit of the positions.
+        axes: Numbers of the coordinates that are shifted.
+
+    Raises:
+        AceError: A negative or infinite scale, or axes other than 0, 1 and 2.
+
+    Example:
+        >>> [g] = Translations(axes=(0, 1)).sample(1)
+        >>> (act(g, torch.zeros(3), "position") != 0).tolist()
+        [True, True, False]
+    """
+
+    scale: float = 1.0
+    axes: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+        if not self.axes or sorted(set(self.axes) & {0, 1, 2}) != sorted(self.axes):
+            raise AceError(f"axes must be some of 0, 1 and 2, each once; found {self.axes!r}")
+
+    def __str__(self) -> str:
+        return "translations"
+
+    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
+        along = torch.eye(3, dtype=torch.float64)[list(self.axes)]
+        shifts = torch.randn(count, len(self.axes), generator=_random(seed), dtype=torch.float64) @ along
+        still, flat = torch.eye(3, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        return [Element(still, flat, self.scale * shift) for shift in shifts]
+
+    def generators(self) -> list[Generator]:  # noqa: D102
+        still, flat = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+        return [Generator(still, flat, along) for along in torch.eye(3, dtype=torch.float64)[list(self.axes)]]
+
+
+@dataclass(frozen=True)
 class E3(Group):
     """Rotations, reflections and translations of 3-vectors.
 
@@ -253,8 +330,7 @@ class E3(Group):
     translation: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.translation < math.inf:
-            raise AceError(f"translation must be a finite scale >= 0; found {self.translation!r}")
+        _check_scale("translation", self.translation)
 
     def __str__(self) -> str:
         return "E(3)"
@@ -344,6 +420,77 @@ class Dihedral(_AboutAxis):
             turn = _turn(2 * math.pi * (number % self.n) / self.n)
             planes.append(turn if number < self.n else turn @ mirror)
         return [self._element(plane) for plane in planes]
+
+
+@dataclass(frozen=True)
+class Reflections(Group):
+    """The mirror in the plane perpendicular to ``normal``, and the identity.
+
+    With a normal in the xy-plane 2-vectors and images are mirrored too; ``Reflections((0, 1, 0))`` is ``Dihedral(1)``.
+
+    Args:
+        normal: Direction perpendicular to the mirror, any length.
+
+    Raises:
+        AceError: The normal is not a direction.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> sorted(act(g, x, "vector").tolist() for g in Reflections().sample(2))
+        [[-1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    """
+
+    normal: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        _check_direction("normal", self.normal)
+
+    def __str__(self) -> str:
+        return "reflections"
+
+    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
+        normal = _frame(self.normal)[:, 2]
+        identity = torch.eye(3, dtype=torch.float64)
+        matrices = (identity, identity - 2 * torch.outer(normal, normal))
+        upright = self.normal[2] == 0
+        drawn = (matrices[number] for number in _covering(2, count, _random(seed)))
+        return [Element(matrix, matrix[:2, :2] if upright else None) for matrix in drawn]
+
+
+@dataclass(frozen=True)
+class Inversion(Group):
+    """The inversion x -> -x, and the identity; O(3) is SO(3) times it.
+
+    Example:
+        >>> sorted(float(act(g, torch.ones(3), "vector")[0]) for g in Inversion().sample(2))
+        [-1.0, 1.0]
+    """
+
+    def __str__(self) -> str:
+        return "inversion"
+
+    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
+        identity = torch.eye(3, dtype=torch.float64)
+        return [Element((1 - 2 * number) * identity) for number in _covering(2, count, _random(seed))]
+
+
+@dataclass(frozen=True)
+class Octahedral(Group):
+    """The symmetries of a cube with its faces along the axes, O_h: the 48 signed permutations of the coordinates.
+
+    Example:
+        >>> len({tuple(g.matrix.flatten().tolist()) for g in Octahedral().sample(48)})
+        48
+    """
+
+    def __str__(self) -> str:
+        return "O_h"
+
+    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
+        orders = itertools.permutations(torch.eye(3, dtype=torch.float64))
+        signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=3)), dtype=torch.float64)
+        matrices = [sign[:, None] * torch.stack(rows) for rows in orders for sign in signs]
+        return [Element(matrices[number]) for number in _covering(len(matrices), count, _random(seed))]
 
 
 @dataclass(frozen=True)
@@ -437,7 +584,7 @@ def act_generator(generator: Generator, tensor: Tensor, kind: str) -> Tensor:
         return _by_blocks(kind, blocks, x).to(tensor.dtype)
     moved = x @ _linear(generator, x).T
     if kind == "position" and generator.translation is not None:
-        moved = moved + generator.translation.to(x.device)
+        moved = moved + generator.translation[: x.shape[-1]].to(x.device)
     return moved.to(tensor.dtype)
 
 
@@ -526,8 +673,11 @@ def _node_finding(nodes: int, tensor: Tensor, kind: str) -> str | None:
 def _image_finding(motion: Element | Generator, shape: tuple[int, ...], kind: str) -> str | None:
     if isinstance(motion, Generator):
         return f"type {kind!r} has no infinitesimal action on pixels; measure finite elements instead"
-    if motion.plane is None:
-        return f"type {kind!r} is moved by groups of the plane only: SO2, Cyclic, Dihedral"
+    if motion.plane is None or motion.translation is not None:
+        return (
+            f"type {kind!r} is moved by groups of the plane only: SO2, Cyclic, Dihedral, and Reflections with a normal "
+            "in the xy-plane"
+        )
     if len(shape) < 2:
         return f"type {kind!r} needs two axes of pixels, but the shape is {shape}"
     if kind == "vector_image" and (len(shape) < 3 or shape[-3] % 2):
@@ -555,7 +705,7 @@ def _move(element: Element, tensor: Tensor, kind: str) -> Tensor:
         if kind == "pseudovector":
             x = x * torch.linalg.det(linear).round()
         if kind == "position" and element.translation is not None:
-            x = x + element.translation.to(x.device)
+            x = x + element.translation[: x.shape[-1]].to(x.device)
     else:
         assert element.matrix is not None  # the caller has checked
         sign = int(torch.linalg.det(element.matrix).round())
@@ -679,6 +829,26 @@ def _covering(order: int, count: int, generator: torch.Generator) -> list[int]:
     """Uniform draws from 0..order-1 that run through all of them before one comes again."""
     rounds = [torch.randperm(order, generator=generator) for _ in range(-(-count // order))]
     return [int(number) for permutation in rounds for number in permutation][:count]
+
+
+def _frame(axis: tuple[float, float, float]) -> Tensor:
+    """Right-handed orthonormal columns (u, v, axis); (x, y, z) itself for the z axis."""
+    last = torch.tensor(axis, dtype=torch.float64)
+    last = last / last.norm()
+    start = torch.eye(3, dtype=torch.float64)[(int(last.abs().argmax()) + 1) % 3]
+    u = start - (start @ last) * last
+    u = u / u.norm()
+    return torch.stack([u, torch.linalg.cross(last, u), last], dim=1)
+
+
+def _check_direction(name: str, value: tuple[float, float, float]) -> None:
+    if len(value) != 3 or not 0 < math.hypot(*value) < math.inf:
+        raise AceError(f"{name} must be three finite numbers, not all zero; found {value!r}")
+
+
+def _check_scale(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise AceError(f"{name} must be a finite scale >= 0; found {value!r}")
 
 
 def _check_order(n: int) -> None:

@@ -159,7 +159,7 @@ def act_by_sample(elements: list[Element], index: Tensor | None, tensor: Tensor,
         rows = torch.einsum("rij,r...j->r...i", matrices, tensor)
         shifts = [element.translation for element in elements if element.translation is not None]
         if kind == "position" and shifts:
-            shift = torch.stack(shifts).to(tensor)[index]
+            shift = torch.stack(shifts)[:, : tensor.shape[-1]].to(tensor)[index]
             rows = rows + shift.view(len(shift), *[1] * (tensor.dim() - 2), -1)
         return rows
     parts = [act(element, tensor[index == number], kind) for number, element in enumerate(elements)]

@@ -23,7 +23,12 @@ from ace.groups import (
     Dihedral,
     Element,
     Group,
+    Inversion,
+    Octahedral,
     Permutations,
+    Reflections,
+    Tilts,
+    Translations,
     act,
     act_generator,
     finding,
@@ -48,6 +53,15 @@ GEOMETRIC = [
     Dihedral(1),
     Dihedral(5),
     Dihedral(4, axis=(1.0, 0.0, 0.0)),
+    Translations(),
+    Translations(30.0, axes=(2, 0)),
+    Reflections(),
+    Reflections((0.0, 2.0, 0.0)),
+    Reflections(TILTED),
+    Inversion(),
+    Octahedral(),
+    Tilts(),  # no group, but its elements are
+    Tilts(TILTED),
 ]
 PLANAR = [group for group in GEOMETRIC if isinstance(group, (SO2, Cyclic, Dihedral))]
 GROUPS = [*GEOMETRIC, Permutations()]
@@ -110,7 +124,7 @@ def test_action_is_orthogonal(group: Group, kind: str, seed: int) -> None:
 def test_determinants(group: Group) -> None:
     elements = group.sample(24, seed=1)
     signs = {round(float(torch.linalg.det(g.matrix)), 9) for g in elements}
-    mirrors = isinstance(group, (O3, E3, Dihedral))
+    mirrors = isinstance(group, (O3, E3, Dihedral, Reflections, Inversion, Octahedral))
     assert signs == ({1.0, -1.0} if mirrors else {1.0})
     for g in elements:
         close(g.matrix @ g.matrix.T, torch.eye(3, dtype=torch.float64), 1e-14)
@@ -154,6 +168,41 @@ def test_mirror_of_axial_vectors() -> None:
         close(act(g, triple, "0o"), triple * torch.linalg.det(g.matrix))
 
 
+@given(st.sampled_from([Translations(3.0), Translations(axes=(0,)), SO2(), Reflections()]), seeds)
+@settings(deadline=None)
+def test_points_of_the_plane(group: Group, seed: int) -> None:
+    g, h = group.sample(2, seed)
+    x = normal(4, 2)
+    for kind in ("position", "vector"):
+        close(act(g @ h, x, kind), act(g, act(h, x, kind), kind))
+    lifted = torch.cat([x, torch.zeros(4, 1)], dim=1)
+    close(act(g, x, "position"), act(g, lifted, "position")[:, :2])
+
+
+def test_translations_move_nothing_but_positions() -> None:
+    [g] = Translations().sample(1, seed=2)
+    x = normal(NODES, 3)
+    close(act(g, x, "position"), x + g.translation)
+    for kind in ("vector", "pseudovector", "1o"):
+        close(act(g, x, kind), x)
+    for kind in ("image", "vector_image"):
+        assert "groups of the plane" in (finding(g, torch.zeros(2, 4, 4), kind) or "")
+
+
+@pytest.mark.parametrize("normal_", [(1.0, 0.0, 0.0), (3.0, -4.0, 0.0), TILTED])
+def test_a_mirror_turns_its_normal_around_and_keeps_the_plane(normal_: tuple[float, float, float]) -> None:
+    n = torch.tensor(normal_, dtype=torch.float64)
+    x = torch.linalg.cross(n.expand(4, 3), normal(4, 3))
+    mirrors = [g for g in Reflections(normal_).sample(2) if torch.linalg.det(g.matrix) < 0]
+    assert len(mirrors) == 1
+    for g in mirrors:
+        close(act(g, n, "vector"), -n)
+        close(act(g, x, "vector"), x)
+        assert (g.plane is None) == (normal_[2] != 0)
+    for left, right in zip(Reflections((0.0, 1.0, 0.0)).sample(4), Dihedral(1).sample(4), strict=True):
+        same(left, right)
+
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -195,6 +244,60 @@ def test_circle_is_uniform() -> None:
         assert float(moment) < 4 * 5_000**-0.5
 
 
+@pytest.mark.parametrize("axis", [(0.0, 0.0, 1.0), TILTED])
+def test_a_tilt_after_a_turn_is_a_uniform_rotation(axis: tuple[float, float, float]) -> None:
+    """Moments as above; and the axis itself goes to a uniform point: its height has variance 1/3, fourth moment 1/5."""
+    count = 20_000
+    tilts = torch.stack([g.matrix for g in Tilts(axis).sample(count, seed=0)])
+    turns = torch.stack([g.matrix for g in SO2(axis).sample(count, seed=1)])
+    flat = (tilts @ turns).flatten(1)
+    assert float(flat.mean(0).abs().max()) < 5 * (1 / 3 / count) ** 0.5
+    second = flat.T @ flat / count
+    assert float((second - torch.eye(9, dtype=torch.float64) / 3).abs().max()) < 5 * (0.3 / count) ** 0.5
+    direction = torch.tensor(axis, dtype=torch.float64)
+    height = (tilts @ direction) @ direction / direction.square().sum()
+    assert float(height.square().mean()) == pytest.approx(1 / 3, abs=0.01)
+    assert float(height.pow(4).mean()) == pytest.approx(1 / 5, abs=0.01)
+
+
+@given(st.sampled_from([(0.0, 0.0, 1.0), TILTED]), seeds)
+@settings(deadline=None)
+def test_tilts_are_the_rotations_about_horizontal_axes(axis: tuple[float, float, float], seed: int) -> None:
+    """The rotation vector is perpendicular to the axis; the tilt back is a tilt too."""
+    direction = torch.tensor(axis, dtype=torch.float64)
+
+    def turn(g: Element) -> float:
+        vector = torch.from_numpy(Rotation.from_matrix(g.matrix.numpy()).as_rotvec())
+        return float((vector @ direction).abs())
+
+    [g] = Tilts(axis).sample(1, seed)
+    assert turn(g) < 1e-7
+    assert turn(g.inverse()) < 1e-7
+    close(torch.linalg.det(g.matrix), torch.ones((), dtype=torch.float64))
+
+
+def test_octahedral_is_covered_and_closed() -> None:
+    drawn = [g.matrix for g in Octahedral().sample(144, seed=4)]
+    elements, counts = torch.unique(torch.stack(drawn), dim=0, return_counts=True)
+    assert counts.tolist() == [3] * 48
+    names = {tuple(matrix.flatten().tolist()) for matrix in elements + 0.0}
+    assert {tuple((a @ b + 0.0).flatten().tolist()) for a in elements for b in elements} == names
+    assert torch.equal(elements.abs().sum(1), torch.ones(48, 3, dtype=torch.float64))
+    assert torch.equal(elements.abs().sum(2), torch.ones(48, 3, dtype=torch.float64))
+    first = [tuple((Octahedral().sample(1, seed)[0].matrix + 0.0).flatten().tolist()) for seed in range(600)]
+    assert set(first) == names
+
+
+@pytest.mark.parametrize("group", [Reflections(), Reflections(TILTED), Inversion()], ids=repr)
+def test_groups_of_two(group: Group) -> None:
+    drawn = torch.stack([g.matrix for g in group.sample(6, seed=3)])
+    identity = torch.eye(3, dtype=torch.float64)
+    assert sum(torch.equal(matrix, identity) for matrix in drawn) == 3
+    for matrix in drawn:
+        close(matrix @ matrix, identity, 1e-14)
+    assert len({float(group.sample(1, seed)[0].matrix.trace()) for seed in range(20)}) == 2
+
+
 @pytest.mark.parametrize("group", [Cyclic(1), Cyclic(6), Dihedral(1), Dihedral(4)], ids=str)
 def test_finite_groups_are_covered(group: Cyclic | Dihedral) -> None:
     order = group.n * (2 if isinstance(group, Dihedral) else 1)
@@ -211,6 +314,8 @@ def test_translation_scale() -> None:
     shifts = torch.stack([g.translation for g in E3(translation=3.0).sample(4_000)])
     assert float(shifts.std()) == pytest.approx(3.0, rel=0.05)
     assert not torch.stack([g.translation for g in E3(translation=0.0).sample(3)]).any()
+    shifts = torch.stack([g.translation for g in Translations(3.0, axes=(0, 2)).sample(4_000)])
+    assert shifts.std(0).tolist() == pytest.approx([3.0, 0.0, 3.0], rel=0.05)
 
 
 # ---------------------------------------------------------------- generators
@@ -239,6 +344,9 @@ def test_generator_is_the_derivative_along_the_exponential(group: Group, kind: s
 def test_generator_on_plane_vectors() -> None:
     [generator] = SO2().generators()
     close(act_generator(generator, torch.tensor([[2.0, 1.0]]), "vector"), torch.tensor([[-1.0, 2.0]]))
+    [shift] = Translations(axes=(1,)).generators()
+    close(act_generator(shift, torch.tensor([[2.0, 1.0]]), "position"), torch.tensor([[0.0, 1.0]]))
+    close(act_generator(shift, torch.tensor([[2.0, 1.0]]), "vector"), torch.zeros(1, 2))
 
 
 @given(st.lists(st.floats(-3, 3), min_size=3, max_size=3))
@@ -259,7 +367,12 @@ def test_commutators() -> None:
     assert torch.equal(y @ z - z @ y, x)
     assert len(SO2().generators()) == 1
     assert len(E3().generators()) == 6
-    assert Cyclic(4).generators() == Dihedral(4).generators() == Permutations().generators() == []
+    assert [len(g.generators()) for g in (Translations(), Translations(axes=(1,)), Tilts())] == [3, 1, 2]
+    for group in (Cyclic(4), Dihedral(4), Permutations(), Reflections(), Inversion(), Octahedral()):
+        assert group.generators() == []
+    u, v = (g.matrix for g in Tilts(TILTED).generators())
+    [about] = SO2(TILTED).generators()
+    close(u @ v - v @ u, about.matrix)  # two tilts make a turn
 
 
 # ---------------------------------------------------------------- oracles
@@ -508,6 +621,16 @@ def test_bad_groups_and_products_are_refused() -> None:
             group(0)
     with pytest.raises(AceError, match=">= 0"):
         E3(translation=-1.0)
+    for scale in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(AceError, match="scale must be"):
+            Translations(scale)
+    for axes in ((), (0, 0), (3,), (-1,)):
+        with pytest.raises(AceError, match="axes"):
+            Translations(axes=axes)
+    with pytest.raises(AceError, match="normal"):
+        Reflections((0.0, 0.0, 0.0))
+    with pytest.raises(AceError, match="axis"):
+        Tilts((0.0, 0.0, 0.0))
     with pytest.raises(AceError, match="different groups"):
         so3 @ shuffle
 
