@@ -12,6 +12,7 @@ A constraint on the layers turns them into a size :math:`m_i = |\gamma_i| r_i` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -146,7 +147,7 @@ class EquivarianceError(Constraint):
 
     Args:
         group: A group, or several by name; each gets its own multiplier.
-        eps: The tolerance ε: one number, or one for each group by name.
+        eps: The tolerance ε: one number, or one for each group by name; ``math.inf`` sets a group free.
         inputs: Types of the model's inputs, where their names do not tell.
         outputs: Types of its outputs, where that is ambiguous.
         quantile: Constrain this quantile of the samples' errors instead of the root mean square.
@@ -158,9 +159,12 @@ class EquivarianceError(Constraint):
         AceError: A tolerance, quantile, share or margin out of its range, or tolerances for other groups.
 
     Example:
-        >>> from ace.groups import SO3
+        >>> from ace.groups import SO2, SO3, Tilts
         >>> EquivarianceError(SO3(), 0.02).tolerances
         {'SO(3)': 0.02}
+        >>> parts = {"vertical": SO2(), "tilts": Tilts()}
+        >>> EquivarianceError(parts, {"vertical": 0.01, "tilts": float("inf")}).tolerances
+        {'vertical': 0.01}
     """
 
     group: Group | Mapping[str, Group]
@@ -174,10 +178,14 @@ class EquivarianceError(Constraint):
 
     def __post_init__(self) -> None:
         problems = []
-        if isinstance(self.eps, Mapping) and set(self.eps) != set(self.groups):
-            problems.append(f"eps names {sorted(self.eps)}, the groups are {sorted(self.groups)}")
+        named = self._named()
+        if isinstance(self.eps, Mapping) and set(self.eps) != set(named):
+            problems.append(f"eps names {sorted(self.eps)}, the groups are {sorted(named)}")
         else:
-            problems += [f"a tolerance must be positive, not {eps}" for eps in self.tolerances.values() if not eps > 0]
+            asked = self.eps.values() if isinstance(self.eps, Mapping) else [self.eps]
+            problems += [f"a tolerance must be positive, not {eps}" for eps in asked if not eps > 0]
+            if not self.tolerances:
+                problems.append("no group has a finite tolerance: leave the constraint out")
         if self.quantile is not None and not 0 < self.quantile <= 1:
             problems.append(f"quantile={self.quantile}: above 0, at most 1")
         if not 0 < self.share <= 1:
@@ -187,14 +195,17 @@ class EquivarianceError(Constraint):
         if problems:
             raise AceError("EquivarianceError: " + "; ".join(problems))
 
-    @property
-    def groups(self) -> dict[str, Group]:
-        """The groups by name."""
+    def _named(self) -> dict[str, Group]:
         return dict(self.group) if isinstance(self.group, Mapping) else {str(self.group): self.group}
 
     @property
     def tolerances(self) -> dict[str, float]:
-        """The tolerance for each group."""
-        if isinstance(self.eps, Mapping):
-            return {name: self.eps[name] for name in self.groups}
-        return dict.fromkeys(self.groups, self.eps)
+        """The finite tolerances by the name of their group."""
+        every = self.eps if isinstance(self.eps, Mapping) else dict.fromkeys(self._named(), self.eps)
+        return {name: every[name] for name in self._named() if every[name] != math.inf}
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The groups that have a finite tolerance, by name."""
+        named = self._named()
+        return {name: named[name] for name in self.tolerances}

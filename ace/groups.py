@@ -150,10 +150,10 @@ class _AboutAxis(Group):
     def __post_init__(self) -> None:
         _check_direction("axis", self.axis)
 
-    def _element(self, plane: Tensor) -> Element:
+    def _elements(self, planes: list[Tensor]) -> list[Element]:
         frame = _frame(self.axis)
-        axis = frame[:, 2:]
-        return Element(frame[:, :2] @ plane @ frame[:, :2].T + axis @ axis.T, plane)
+        across, still = frame[:, :2], torch.outer(frame[:, 2], frame[:, 2])
+        return [Element(across @ plane @ across.T + still, plane) for plane in planes]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class SO2(_AboutAxis):
 
     def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
         angles = 2 * math.pi * torch.rand(count, generator=_random(seed), dtype=torch.float64)
-        return [self._element(_turn(float(angle))) for angle in angles]
+        return self._elements([_turn(angle) for angle in angles.tolist()])
 
     def generators(self) -> list[Generator]:  # noqa: D102
         plane = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
@@ -380,7 +380,7 @@ class Cyclic(_AboutAxis):
 
     def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:  # noqa: D102
         steps = _covering(self.n, count, _random(seed))
-        return [self._element(_turn(2 * math.pi * step / self.n)) for step in steps]
+        return self._elements([_turn(2 * math.pi * step / self.n) for step in steps])
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ class Dihedral(_AboutAxis):
         for number in _covering(2 * self.n, count, _random(seed)):
             turn = _turn(2 * math.pi * (number % self.n) / self.n)
             planes.append(turn if number < self.n else turn @ mirror)
-        return [self._element(plane) for plane in planes]
+        return self._elements(planes)
 
 
 @dataclass(frozen=True)
@@ -819,10 +819,8 @@ def _rotation_generators() -> list[Tensor]:
 
 def _turn(angle: float) -> Tensor:
     """Rotation of the plane; quarter turns come out exact."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    plane = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
-    nearest = plane.round()
-    return nearest if torch.allclose(plane, nearest, rtol=0.0, atol=1e-14) else plane
+    cos, sin = (round(x) if abs(x - round(x)) < 1e-14 else x for x in (math.cos(angle), math.sin(angle)))
+    return torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
 
 
 def _covering(order: int, count: int, generator: torch.Generator) -> list[int]:

@@ -54,6 +54,8 @@ RESILIENT_RATE = 40.0
 """Dual rate of the resilient constraint times the planned steps, in units of ρ."""
 TOLERANCE_RATE = 40.0
 """Rate of log λ times the planned steps, for a tolerance on the equivariance error of the model."""
+FASTEST_TOLERANCE = 0.1
+"""Largest rate of log λ: were it faster than the weights can follow, the model would inflate f instead."""
 TOLERANCE_START = 0.01
 """What the constraint on the equivariance error weighs in the Lagrangian at the start, relative to the loss."""
 
@@ -291,7 +293,7 @@ class PrimalDual(ConstrainedOptimizer):
 
     With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
     :math:`\lambda\,(r/\varepsilon)^2`, and dual ascent multiplies: :math:`\lambda \leftarrow \lambda\,
-    (r/\varepsilon)^{40/T}`, with :math:`r/\varepsilon` kept within e and 1/e.
+    (r/\varepsilon)^{\min(40/T,\, 0.1)}`, with :math:`r/\varepsilon` kept within e and 1/e.
 
     ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
     10c/T, which is critically damped for every c and T.
@@ -384,7 +386,7 @@ class PrimalDual(ConstrainedOptimizer):
     ) -> tuple[list[torch.optim.Optimizer], torch.optim.Optimizer]:
         steps, multiplier = self.steps, problem.multiplier
         if problem.form == "tolerance":
-            return [primal], ExponentiatedGradient([multiplier], lr=TOLERANCE_RATE / steps)
+            return [primal], ExponentiatedGradient([multiplier], lr=min(TOLERANCE_RATE / steps, FASTEST_TOLERANCE))
         if problem.form == "paper":
             rate = primal.param_groups[0]["lr"] if dual_lr is None else dual_lr
             plain: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in primal.defaults else {}
@@ -471,7 +473,7 @@ class PrimalDual(ConstrainedOptimizer):
     def _start_multipliers(self, loss: Tensor) -> None:
         """Give multipliers that are 0 still a value in units of the loss, the same on every rank."""
         size = _sum_over_ranks(loss.detach().abs()) / _world_size()
-        start = TOLERANCE_START * size / cast("Tensor", self.cmp.excess)
+        start = TOLERANCE_START * size / cast("Tensor", self.cmp.excess).clamp_min(1.0)  # it may well hold already
         self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
 
     @torch.no_grad()

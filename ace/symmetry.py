@@ -49,7 +49,7 @@ class Watch:
         self.share = share
         self.seed = seed
         self._seen: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
-        self._read: tuple[Any, list[Input], _Samples] | None = None
+        self._read: tuple[Any, list[Input], Samples] | None = None
         self._random: Tensor | None = None
 
     @contextmanager
@@ -74,6 +74,22 @@ class Watch:
         if self._seen is None:
             self._seen = (args, kwargs, output)
 
+    def read(self) -> tuple[Any, list[Input], Samples]:
+        """Return the arguments of the remembered call, its tensors with their types, and its samples.
+
+        Raises:
+            AceError: The model was not called inside the context.
+        """
+        if self._seen is None:
+            raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
+        if self._read is None:  # once, however many groups there are
+            plain = unwrapped(self.model)
+            args, kwargs, _ = self._seen
+            named = {**dict(zip(parameter_names(plain), args, strict=False)), **kwargs} if kwargs else args
+            arguments = model_inputs(plain, named, self.inputs)
+            self._read = named, arguments, Samples(arguments, self.share)
+        return self._read
+
     def squares(self, group: Group, step: int) -> tuple[Tensor, Tensor]:
         """Measure the error of the remembered call.
 
@@ -88,24 +104,21 @@ class Watch:
         Raises:
             AceError: The model was not called inside the context, or types are missing or do not fit.
         """
-        if self._seen is None:
-            raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
+        example, arguments, samples = self.read()
+        assert self._seen is not None  # `read` has refused
         run = getattr(self.model, "module", self.model)  # a wrapper has prepared its backward pass for one call
-        plain = getattr(run, "_orig_mod", run)
-        if self._read is None:  # once, however many groups there are
-            args, kwargs, _ = self._seen
-            named = {**dict(zip(parameter_names(plain), args, strict=False)), **kwargs} if kwargs else args
-            arguments = model_inputs(plain, named, self.inputs)
-            self._read = named, arguments, _Samples(arguments, self.share)
-        example, arguments, samples = self._read
+        plain = unwrapped(self.model)
         output = self._seen[2]
         nodes = samples.nodes if isinstance(group, Permutations) else None
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        elements = group.sample(samples.count, hash((self.seed, step, rank)) & 0x7FFFFFFF, nodes=nodes)
+        elements = samples.elements(group, hash((self.seed, step, rank)) & 0x7FFFFFFF)
         leaves = typed_outputs(plain, group, elements[0], arguments, output, self.outputs, [], nodes)
         moved = {
             entry.path: act_by_sample(
-                elements, samples.index(entry.value), samples.part(entry.value, entry.name), entry.kind
+                elements,
+                None if entry.kind == "edge_index" else samples.index(entry.value),
+                samples.part(entry.value, entry.name),
+                entry.kind,
             )
             for entry in arguments
         }
@@ -119,16 +132,28 @@ class Watch:
             index, before = samples.index(value), samples.part(value)
             expected = act_by_sample(elements, index, before, kind)
             scale = 1.0 if len(leaves) == 1 else before.detach().square().sum() / samples.count
-            differences.append(_by_sample((found - expected).square(), index, samples.count) / scale)
-            sizes.append(_by_sample(before.square(), index, samples.count) / scale)
+            differences.append(by_sample((found - expected).square(), index, samples.count) / scale)
+            sizes.append(by_sample(before.square(), index, samples.count) / scale)
         return torch.stack(differences).sum(0), torch.stack(sizes).sum(0)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``DistributedDataParallel`` and ``torch.compile``.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.Identity()))
+        Identity()
+    """
+    for name in ("module", "_orig_mod"):
+        model = getattr(model, name, model)
+    return model
 
 
 def act_by_sample(elements: list[Element], index: Tensor | None, tensor: Tensor, kind: str) -> Tensor:
     """Transform each sample of a tensor by its own element.
 
     Args:
-        elements: One for each sample.
+        elements: One for each sample, or one for all.
         index: Sample of each row of the tensor, int64 of shape (rows,); None if all rows are one sample.
         tensor: Rows first.
         kind: Its type, see `ace.groups`.
@@ -146,14 +171,14 @@ def act_by_sample(elements: list[Element], index: Tensor | None, tensor: Tensor,
     """
     if len(elements) == 1:
         return act(elements[0], tensor, kind)
-    if kind in UNMOVED:
+    if kind == "invariant" or (kind in UNMOVED and elements[0].permutation is None):
         return tensor
     if index is None:
         raise AceError(
             f"a tensor of type {kind!r} and shape {tuple(tensor.shape)} has one row neither for each node nor for each "
             f"of the {len(elements)} samples of the batch, so that it cannot be transformed with them"
         )
-    if kind in ("vector", "position") and tensor.shape[-1] in (2, 3):
+    if kind in ("vector", "position") and tensor.shape[-1] in (2, 3) and elements[0].matrix is not None:
         linear = [element.plane if tensor.shape[-1] == 2 else element.matrix for element in elements]
         matrices = torch.stack([m for m in linear if m is not None]).to(tensor)[index]
         rows = torch.einsum("rij,r...j->r...i", matrices, tensor)
@@ -166,14 +191,14 @@ def act_by_sample(elements: list[Element], index: Tensor | None, tensor: Tensor,
     return torch.cat(parts)[torch.argsort(torch.argsort(index, stable=True), stable=True)]
 
 
-def _by_sample(squares: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sum the entries of each sample."""
+def by_sample(squares: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Sum the entries of each sample, whose number each row of the tensor has in ``index``; shape (count,)."""
     if index is None:
         return squares.sum().reshape(1)
     return squares.new_zeros(count).index_add(0, index, squares.flatten(1).sum(1) if squares.dim() > 1 else squares)
 
 
-class _Samples:
+class Samples:
     """Which sample each row of a tensor belongs to, and which rows belong to the share that is used.
 
     Graphs joined into one batch, one after the other, are told apart by an integer input named ``batch``; dense
@@ -183,9 +208,10 @@ class _Samples:
 
     def __init__(self, arguments: list[Input], share: float) -> None:
         moving = [entry.value for entry in arguments if entry.kind not in UNMOVED]
+        scalars = [entry.value for entry in arguments if entry.kind == "scalar"]
+        rows = [value for value in [*moving, *scalars] if value.dim() > 1]
         graph = next((e.value for e in arguments if e.name == "batch" and e.value.dim() == 1), None)
         edges = next((e.value for e in arguments if e.name == "edge_index" and e.value.dim() == 2), None)
-        self.nodes = moving[0].shape[-2] if moving and moving[0].dim() > 1 else 1
         self._index: dict[int, Tensor] = {}
         count = 1
         if graph is not None and len(graph):
@@ -201,6 +227,20 @@ class _Samples:
             count, self._index = 1, {}
         self.count = max(1, round(share * count))
         self._whole = self.count == count
+        self._graph = None if graph is None or len(graph) not in self._index else graph[graph < self.count]
+        self.nodes = len(self._graph) if self._graph is not None else rows[0].shape[-2] if rows else 1
+
+    def elements(self, group: Group, seed: int) -> list[Element]:
+        """Draw one element for each sample; all permutations within graphs together are one of the whole batch."""
+        if not isinstance(group, Permutations):
+            return group.sample(self.count, seed)
+        if self._graph is None:
+            return group.sample(self.count, seed, nodes=self.nodes)
+        [whole] = group.sample(1, seed, nodes=self.nodes)
+        assert whole.permutation is not None
+        graph = self._graph.cpu()
+        shuffled = whole.permutation[torch.argsort(graph[whole.permutation], stable=True)]  # graph by graph
+        return [Element(permutation=torch.empty_like(shuffled).scatter(0, torch.argsort(graph, stable=True), shuffled))]
 
     def index(self, tensor: Tensor) -> Tensor | None:
         """Return the sample of each row that is used, or None if all rows are one sample."""

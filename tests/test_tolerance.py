@@ -168,6 +168,24 @@ def test_a_tolerance_asked_for_is_kept_and_used(eps):
     assert set(rows[rows.quantity == "gamma"].layer) == {"layers.0", "layers.1", "layers.2"}
 
 
+@pytest.mark.parametrize(("detached", "steps"), [(False, 40), (False, 150), (False, 300), (True, 300)])
+def test_the_model_collapses_only_if_the_norm_is_held_fixed(detached, steps, monkeypatch):
+    """Were ‖f‖ not differentiated, a smaller f would pass for a more symmetric one. A short training does no harm."""
+    squares = Watch.squares
+
+    def held_fixed(self, group, step):
+        differences, sizes = squares(self, group, step)
+        return differences, sizes.detach()
+
+    if detached:
+        monkeypatch.setattr(Watch, "squares", held_fixed)
+    task, model, _, _ = train(0.02, steps=steps)
+    batch = next(task.batches("test", 2000))
+    with torch.no_grad():
+        size = model(**batch.inputs).square().mean() / batch.target.square().mean()
+    assert size < 0.001 if detached else 0.3 < size < 1.5
+
+
 def test_a_quantile_is_kept():
     task, model, _, _ = train(0.1, quantile=0.95)
     assert 0.07 < held_out(task, model, quantile=0.95) <= 0.105
