@@ -83,11 +83,76 @@ class AcePaper(_Relaxing):
     dual_lr: float | None = Field(None, gt=0)
 
 
+class Augmentation(_Relaxing):
+    """γ = 1 throughout, every training sample moved by a random element; the relaxed model is shipped."""
+
+    name: Literal["augmentation"]
+
+
+class _Decay(_Relaxing):
+    final: float = Field(0.0, ge=0, le=1)
+    until: float = Field(0.8, gt=0, le=1)
+
+
+class LinearDecay(_Decay):
+    """γ falls linearly from 1 to ``final`` in the share ``until`` of the steps; relaxed is shipped if final > 0."""
+
+    name: Literal["linear-decay"]
+
+
+class CosineDecay(_Decay):
+    """γ falls along half a cosine from 1 to ``final`` in the share ``until`` of the steps."""
+
+    name: Literal["cosine-decay"]
+
+
 class Cr(_Frozen):
     """γ on a triangle 0, 1, 0 and a Lie-derivative regulariser of this weight; restored is shipped."""
 
     name: Literal["cr"]
     weight: float = Field(0.01, ge=0)
+
+
+class CrNorm(_Frozen):
+    """``cr`` with the norm of the terms' outputs alone as regulariser."""
+
+    name: Literal["cr-norm"]
+    weight: float = Field(0.01, ge=0)
+
+
+class Penalty(_Relaxing):
+    """γ = 1 and a price on the relative size of the terms' outputs; the relaxed model is shipped."""
+
+    name: Literal["penalty"]
+    weight: float = Field(0.1, ge=0)
+
+
+class Rpp(_Relaxing):
+    """γ = 1 and a price on the squared weights of the terms; the relaxed model is shipped."""
+
+    name: Literal["rpp"]
+    weight: float = Field(0.01, ge=0)
+
+
+class Projection(_Frozen):
+    """γ = 1 and a price on the distance of the terms from equivariant maps; the relaxed model is shipped."""
+
+    name: Literal["projection"]
+    weight: float = Field(0.01, ge=0)
+
+
+class Remul(_Relaxing):
+    """γ = 1; the loss on transformed data is added with this weight; the relaxed model is shipped."""
+
+    name: Literal["remul"]
+    weight: float = Field(1.0, ge=0)
+
+
+class RemulGradNorm(_Relaxing):
+    """``remul`` with the weights of GradNorm, which learn at the rate ``balance_lr``."""
+
+    name: Literal["remul-gradnorm"]
+    balance_lr: float = Field(0.025, gt=0)
 
 
 def _options(name: str, build: Callable[..., Any]) -> type[_Frozen]:
@@ -108,11 +173,20 @@ CHOICES: dict[str, dict[str, type[_Frozen]]] = {
     "method": {
         "strict": Strict,
         "unconstrained": Unconstrained,
+        "augmentation": Augmentation,
         "ace": Ace,
         "ace-resilient": AceResilient,
         "ace-tolerance": AceTolerance,
         "ace-paper": AcePaper,
+        "linear-decay": LinearDecay,
+        "cosine-decay": CosineDecay,
         "cr": Cr,
+        "cr-norm": CrNorm,
+        "penalty": Penalty,
+        "rpp": Rpp,
+        "projection": Projection,
+        "remul": Remul,
+        "remul-gradnorm": RemulGradNorm,
     },
 }
 """What can be chosen for each part of a run, with the type of its options."""
@@ -195,6 +269,7 @@ class RunConfig(_Frozen):
 class _Block(_Frozen):
     """One product of a suite's grid; methods and seeds default to those of the suite.
 
+    ``sweep`` holds values of dotted keys, such as ``method.eps: [0.02, 0.05]``; each combination is a run.
     An optional block is left out where its data are missing, instead of stopping the suite.
     """
 
@@ -203,6 +278,7 @@ class _Block(_Frozen):
     methods: list[str] | None = None
     seeds: list[int] | None = None
     overrides: dict[str, Any] = {}
+    sweep: dict[str, list[Any]] = {}
     optional: bool = False
 
 
@@ -283,10 +359,12 @@ def load_suite(path: str | Path, words: Iterable[str] = ()) -> Suite:
         own = _flatten(block.overrides, source)
         seeds = suite.seeds if block.seeds is None else block.seeds
         methods = suite.methods if block.methods is None else block.methods
-        for task, model, method, seed in product(block.tasks, block.models, methods, seeds):
+        swept = [dict(zip(block.sweep, values, strict=True)) for values in product(*block.sweep.values())]
+        for task, model, method, seed, setting in product(block.tasks, block.models, methods, seeds, swept):
             place = _flatten({"model": model, "method": method, "seed": seed}, source)
+            chosen: Flat = {tuple(key.split(".")): (value, source) for key, value in setting.items()}
             try:
-                run = _resolve(task, _overlay(shared, own, place, last))
+                run = _resolve(task, _overlay(shared, own, place, chosen, last))
             except ConfigError as error:
                 findings.update(dict.fromkeys(str(error).splitlines()))
             else:

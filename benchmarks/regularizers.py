@@ -1,9 +1,10 @@
-"""The Lie-derivative regulariser that pulls a relaxation term towards equivariance."""
+"""Regularisers that pull relaxation terms towards equivariant maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -65,6 +66,77 @@ class LieRegularizer:
             derivatives.append(derivative.square().sum())
             norms.append((x @ weight + bias).square().sum())
         return _root(derivatives), _root(norms)
+
+
+class ProjectionRegularizer:
+    r"""Distance of the dense maps of all relaxation terms from the equivariant ones.
+
+    .. math:: r = \sum_l \| T_l - P(T_l) \|, \qquad
+        P(T) = \int_{O(3)} D^\mathrm{out}(g)^{-1}\, T\, D^\mathrm{in}(g)\, dg
+
+    the Frobenius norm of weight and bias minus their Reynolds projection. By Schur's lemma the projection keeps, of
+    each block between copies of the same irrep, the mean of its diagonal times the identity, and no other block.
+    Translations are not projected.
+
+    Args:
+        relaxed: A relaxed model whose terms are linear.
+        reads: Layer -> e3nn irreps of the concatenated inputs of its term.
+        writes: Layer -> e3nn irreps of the concatenated outputs.
+
+    Example:
+        >>> relaxed = ace.relax(nn.Linear(3, 3), layers=nn.Linear, example=torch.ones(5, 3))
+        >>> regularizer = ProjectionRegularizer(relaxed, lambda layer: "1x1o", lambda layer: "1x1o")
+        >>> dense = relaxed.relaxation.term.map
+        >>> _ = nn.init.eye_(dense.weight), nn.init.zeros_(dense.bias)
+        >>> regularizer.distance().item() < 1e-12
+        True
+        >>> _ = nn.init.ones_(dense.weight)  # the projection keeps the diagonal, six ones are left
+        >>> round(regularizer.distance().item() ** 2, 4)
+        6.0
+    """
+
+    def __init__(self, relaxed: nn.Module, reads: Callable[[Any], str], writes: Callable[[Any], str]) -> None:
+        self._terms: list[tuple[nn.Linear, o3.Irreps, o3.Irreps]] = []
+        for path, relaxation in ace.relaxations(relaxed).items():
+            layer = relaxed.get_submodule(path)
+            self._terms.append((relaxation.term.map, o3.Irreps(reads(layer)), o3.Irreps(writes(layer))))
+
+    def distance(self) -> Tensor:
+        """Return r; a tensor without axes."""
+        distances = []
+        for dense, reads, writes in self._terms:
+            weight = dense.weight - project(dense.weight, reads, writes)
+            bias = dense.bias - project(dense.bias[:, None], o3.Irreps("0e"), writes)[:, 0]
+            distances.append(_root([weight.square().sum(), bias.square().sum()]))
+        return torch.stack(distances).sum()
+
+
+def project(weight: Tensor, reads: o3.Irreps, writes: o3.Irreps) -> Tensor:
+    """Project a linear map onto the equivariant maps between two representations of O(3).
+
+    Args:
+        weight: Shape (dim of writes, dim of reads).
+        reads: Representation of its input.
+        writes: Representation of its output.
+
+    Returns:
+        The nearest equivariant map, of the same shape.
+
+    Example:
+        >>> project(torch.ones(4, 3), o3.Irreps("1o"), o3.Irreps("0e+1o"))[1:].tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    projected = torch.zeros_like(weight)
+    for (rows, out), (columns, into) in product(_blocks(writes), _blocks(reads)):
+        if out.ir == into.ir:
+            block = weight[rows, columns].unflatten(0, (out.mul, -1)).unflatten(-1, (into.mul, -1))
+            mean = block.diagonal(dim1=1, dim2=3).mean(-1)
+            projected[rows, columns] = torch.kron(mean, torch.eye(out.ir.dim).to(weight))
+    return projected
+
+
+def _blocks(irreps: o3.Irreps) -> list[tuple[slice, Any]]:
+    return list(zip(irreps.slices(), irreps, strict=True))
 
 
 def _remember(seen: list[Tensor], dense: nn.Module, args: tuple[Tensor]) -> None:

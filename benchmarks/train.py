@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,16 +29,24 @@ import ace
 from ace import checkpoint
 from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss, NotWritten
 from ace.history import replace_file
+from ace.probing import evaluating
+from ace.symmetry import Watch
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
 from benchmarks.methods import METHODS, Method
+from benchmarks.methods.base import derived_seed
 from benchmarks.models import MODELS
 from benchmarks.tasks import TASKS, Batch, Task
 
 ELEMENTS = 8
-"""Group elements in each measurement of the equivariance error."""
-PROBE = 20
-"""Samples in each measurement of the equivariance error during training."""
+"""Group elements in the measurement of the equivariance error of the shipped model."""
+PROBE = 100
+"""Samples in each measurement of the equivariance error during training, each moved by one element."""
+MEASURED = 1000
+"""Samples in the measurement by sample of the shipped model, at most."""
+
+SWEPT = ("eps", "rho", "weight", "final")
+"""Options of methods that trade the task against the symmetry."""
 
 Progress = Callable[[int], None]
 
@@ -125,11 +132,11 @@ def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[
     for step in itertools.count(start):
         epoch, place = divmod(step, per_epoch)
         if step == start or place == 0:
-            order = task.batches("train", config.batch_size, shuffle_seed=_seed(config.seed, 0, epoch))
+            order = task.batches("train", config.batch_size, shuffle_seed=derived_seed(config.seed, 0, epoch))
             batches = itertools.islice(order, place, None)
         batch = next(batches)
         if config.augment:
-            [element] = task.group.sample(1, _seed(config.seed, 1, step))
+            [element] = task.group.sample(1, derived_seed(config.seed, 1, step))
             batch = task.transform(batch, element)
         yield epoch, batch
 
@@ -191,7 +198,7 @@ class _Training:
         """
         relaxed, restored = self.measure("valid")
         with torch.no_grad():
-            error = self.equivariance_error(self.probe)
+            error = self.errors_by_sample(self.probe, draws=1).square().mean().sqrt().item()
         self.history.log(self.step, epoch, valid_relaxed=relaxed, valid_restored=restored, equivariance_error=error)
         value = relaxed if self.method.ships_relaxed else restored
         rank = [0.0, value] if self.method.admits(error) else [1.0, error]
@@ -221,6 +228,19 @@ class _Training:
             dtype=dtype,
         )
         return float(report)
+
+    def errors_by_sample(self, inputs: dict[str, Tensor], draws: int) -> Tensor:
+        """Return the errors of samples moved by elements of their own, relative to the root mean square of f.
+
+        The root mean square of the errors is what ``EquivarianceError`` constrains.
+        """
+        model, task = self.method.model, self.task
+        watch = Watch(model, task.input_types, task.output_type, seed=ELEMENTS)
+        with evaluating(model), torch.no_grad():
+            with watch.watching():
+                model(**inputs)
+            measured = [watch.squares(task.group, draw) for draw in range(draws)]
+        return torch.cat([(difference / size.mean()).sqrt() for difference, size in measured])
 
     def save(self) -> None:
         """Write the history so far, then the checkpoint: a resumed run cuts what the former has more."""
@@ -255,12 +275,16 @@ class _Training:
         relaxed, restored = self.measure("test")
         selected = {"max_gamma": _max_gamma(model), "projection_gap": _gap(model, example)}
         shipped = method.finish()
-        inputs = next(self.task.batches("test", 5 * PROBE)).inputs
+        inputs = next(self.task.batches("test", 100)).inputs
+        errors = torch.cat(
+            [self.errors_by_sample(b.inputs, draws=4) for b in self.task.batches("test", 100)][: MEASURED // 100]
+        )
         return {
             "status": "done",
             "task": config.task.name,
             "model": config.model.name,
             "method": config.method.name,
+            "setting": ", ".join(f"{key}={value}" for key, value in config.method if key in SWEPT),
             "seed": config.seed,
             "steps": config.steps,
             "selected_step": self.best["step"],
@@ -270,6 +294,8 @@ class _Training:
             "test_restored": restored,
             "equivariance_error": self.equivariance_error(inputs),
             "equivariance_error_float64": self.equivariance_error(inputs, torch.float64),
+            "equivariance_rms": errors.square().mean().sqrt().item(),
+            "equivariance_p95": errors.quantile(0.95).item(),
             **selected,
             **final,
             "seconds": time.perf_counter() - self.started,
@@ -293,11 +319,6 @@ def _max_gamma(model: nn.Module) -> float:
 
 def _gap(model: nn.Module, example: dict[str, Tensor]) -> float:
     return ace.projection_gap(model, example) if ace.relaxations(model) else 0.0
-
-
-def _seed(*keys: int) -> int:
-    """Derive a seed; different keys give unrelated ones."""
-    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 def _try_to_write(path: Path, text: str) -> None:

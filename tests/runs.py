@@ -24,7 +24,9 @@ TINY = (
     "log_every=1",
     "checkpoint_every=8",
 )
-METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "ace-paper", "cr")
+METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "ace-paper", "cr")  # of the smoke suite
+RIVALS = ("augmentation", "linear-decay", "cosine-decay", "cr-norm", "penalty", "rpp", "projection", "remul")
+RIVALS += ("remul-gradnorm",)
 
 
 def tiny(*words: str) -> RunConfig:

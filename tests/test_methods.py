@@ -7,19 +7,20 @@ import torch
 from e3nn import o3
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import METHODS, cache, tiny  # noqa: F401
+from runs import METHODS, RIVALS, cache, tiny  # noqa: F401
 from torch import nn
 
 import ace
 from ace.errors import NonFiniteLoss
-from benchmarks.config import load_run
+from benchmarks.config import CONFIGS, load_run
 from benchmarks.methods import METHODS as CLASSES
+from benchmarks.methods.rivals import Scheduled
 from benchmarks.models import MODELS
-from benchmarks.regularizers import LieRegularizer
+from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer, project
 from benchmarks.train import build_model, build_task, training_batches
 
 pytestmark = pytest.mark.usefixtures("cache")
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", METHODS + RIVALS)
 
 
 def start(name, *words):
@@ -35,7 +36,8 @@ def steps(method, config, task, count):
 
 
 def test_every_configured_method_exists():
-    assert tuple(CLASSES) == METHODS
+    assert set(CLASSES) == {*METHODS, *RIVALS}
+    assert set(CLASSES) == {path.stem for path in (CONFIGS / "methods").glob("*.yaml")}
 
 
 @every_method
@@ -51,7 +53,7 @@ def test_every_method_starts_from_the_same_equivariant_weights(name):
 
 def test_every_method_sees_the_same_batches_and_augmentation():
     seen = []
-    for name in METHODS:
+    for name in METHODS + RIVALS:
         _, config, task = start(name, "augment=true")
         batches = training_batches(config, task)
         seen.append([next(batches)[1] for _ in range(4)])
@@ -65,11 +67,11 @@ def test_every_method_sees_the_same_batches_and_augmentation():
 def test_a_step_moves_the_weights_and_reports_the_task_loss(name):
     method, config, task = start(name)
     before = {key: value.clone() for key, value in ace.base_state_dict(method.model).items()}
-    if name == "cr":  # its first forward pass has γ = θ(1), not the 1 that a new relaxation has
+    if isinstance(method, Scheduled):  # its first forward pass has its γ, not the 1 that a new relaxation has
         for relaxation in ace.relaxations(method.model).values():
-            relaxation.gamma.fill_(2 / config.steps)
+            relaxation.gamma.fill_(method.strength(1 / config.steps))
     batch = next(training_batches(config, task))[1]
-    expected = task.loss(method.model, batch).item()
+    expected = task.loss(method.model, method.moved(batch) if name == "augmentation" else batch).item()
     [record] = steps(method, config, task, 1)
     assert record["step"] == 1
     assert float(record["task_loss"]) == pytest.approx(expected, rel=1e-6)
@@ -91,6 +93,132 @@ def test_cr_follows_the_triangle_to_exactly_zero():
     assert [record["gamma"].tolist() for record in records] == [
         [t] * 2 for t in (0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0)
     ]
+
+
+@pytest.mark.parametrize("final", [0.0, 0.25])
+@pytest.mark.parametrize(("name", "middle"), [("linear-decay", 0.5), ("cosine-decay", 0.5)])
+def test_decays_go_from_one_to_their_end_and_stay_there(name, middle, final):
+    method, config, task = start(name, "steps=10", f"method.final={final}")
+    gammas = [record["gamma"][0].item() for record in steps(method, config, task, 10)]
+    assert gammas == sorted(gammas, reverse=True)
+    assert method.strength(0.0) == 1
+    assert gammas[3] == pytest.approx(1 - (1 - final) * middle)  # half of the way down after half of 0.8 of the steps
+    assert gammas[7:] == pytest.approx([final] * 3, abs=0)
+    assert method.ships_relaxed == (final > 0)
+
+
+def test_a_model_on_the_way_down_is_not_shipped():
+    method, config, task = start("linear-decay", "steps=10", "method.final=0.25")
+    steps(method, config, task, 7)
+    assert not method.admits(0.0)
+    steps(method, config, task, 1)
+    assert method.admits(1.0)
+
+
+def test_the_control_of_cr_lacks_the_lie_derivative_only():
+    prices = {}
+    for name in ("cr", "cr-norm"):
+        method, config, task = start(name, "method.weight=0.5")
+        task.loss(method.model, next(training_batches(config, task))[1])
+        parts = iter([method.regularizer.parts()] * 2)
+        method.regularizer.parts = lambda parts=parts: next(parts)
+        prices[name] = method.price(), *next(parts)
+    price, derivative, norm = prices["cr"]
+    assert torch.equal(price, 0.5 * (derivative + norm))
+    price, _, norm = prices["cr-norm"]
+    assert torch.equal(price, 0.5 * norm)
+
+
+def objective(method, config, task):
+    """What a step descends on, with the batch it was computed for."""
+    seen = []
+    method.descend = lambda loss, total: seen.append((loss.item(), total.item()))
+    batch = next(training_batches(config, task))[1]
+    method.step(batch)
+    return *seen[0], batch
+
+
+def test_the_penalty_is_the_relative_size_of_the_terms():
+    method, config, task = start("penalty", "method.weight=0.3")
+    loss, total, batch = objective(method, config, task)
+    sizes = []
+    for path in ace.relaxations(method.model):
+        layer = method.model.get_submodule(path)
+        layer.register_forward_hook(lambda _, __, out: sizes.append([t.detach() for t in out]))
+    method.model(**batch.inputs)
+    relaxed = sizes[:]
+    sizes.clear()
+    price, attached = 0.0, list(ace.relaxations(method.model).values())
+    for number, relaxation in enumerate(attached):  # the layers before keep their terms, so that this one sees the same
+        relaxation.gamma.zero_()
+        sizes.clear()
+        method.model(**batch.inputs)
+        relaxation.gamma.fill_(1.0)
+        with_term, without = relaxed[number], sizes[number]
+        neq = sum((a - b).square().sum() for a, b in zip(with_term, without, strict=True))
+        price += neq / sum(b.square().sum() for b in without)
+    assert total - loss == pytest.approx(0.3 * price.item(), rel=1e-3)
+
+
+def test_the_prior_of_rpp_is_on_the_weights_of_the_terms():
+    method, config, task = start("rpp", "method.weight=0.3")
+    loss, total, _ = objective(method, config, task)
+    weights = [p for name, p in method.model.named_parameters() if ".relaxation.term." in name]
+    assert total - loss == pytest.approx(0.3 * sum(p.square().sum().item() for p in weights), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["augmentation", "remul"])
+def test_each_sample_is_moved_by_an_element_of_its_own(name):
+    method, config, task = start(name)
+    batch = next(training_batches(config, task))[1]
+    moved = method.moved(batch)
+    turns = []
+    for graph in range(3):
+        rows = batch.inputs["batch"] == graph
+        turn = torch.linalg.lstsq(batch.inputs["vel"][rows], moved.inputs["vel"][rows]).solution
+        assert torch.allclose(turn @ turn.T, torch.eye(3), atol=1e-4)
+        shift = moved.inputs["pos"][rows] - batch.inputs["pos"][rows] @ turn
+        assert torch.allclose(shift, shift[:1].expand_as(shift), atol=1e-4)
+        assert torch.allclose(moved.target[rows] - batch.target[rows] @ turn, shift, atol=1e-4)
+        turns.append(turn)
+    assert not torch.allclose(turns[0], turns[1], atol=0.1)
+    method.done += 1
+    assert not torch.equal(method.moved(batch).target, moved.target)
+
+
+def test_an_equivariant_model_cannot_tell_the_two_losses_of_remul_apart():
+    method, config, task = start("remul", "method.weight=2")
+    for relaxation in ace.relaxations(method.model).values():
+        relaxation.gamma.zero_()
+    loss, total, _ = objective(method, config, task)
+    assert total == pytest.approx(3 * loss, rel=1e-4)
+
+
+def test_gradnorm_descends_on_the_published_objective():
+    method, config, task = start("remul-gradnorm", "method.balance_lr=0.01")
+    batches = training_batches(config, task)
+    for _ in range(3):
+        method.step(next(batches)[1])
+    losses, before = method.losses(next(batches)[1]), method.balance.clone()
+    sizes = [
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(x, method.shared, retain_graph=True, allow_unused=True)
+                if g is not None
+            ]
+        ).norm()
+        for x in losses
+    ]
+    weights = before.clone().requires_grad_()
+    G = weights * torch.stack(sizes)
+    ratio = torch.stack(losses).detach() / method.first
+    target = (G.mean() * (ratio / ratio.mean()) ** 1.5).detach()
+    (G - target).abs().sum().backward()
+    expected = before - 0.01 * weights.grad
+    method.rebalance(losses)
+    assert method.balance.sum().item() == pytest.approx(2)
+    assert torch.allclose(method.balance, 2 * expected / expected.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ace", "ace-resilient", "ace-paper"])
@@ -231,6 +359,36 @@ def test_the_lie_derivative_vanishes_on_equivariant_maps(reads, writes):
     model(x)
     derivative, _ = regularizer.parts()
     assert derivative.item() < 1e-12 * max(1.0, x.norm().item())
+
+
+@given(IRREPS, IRREPS)
+def test_the_projection_is_the_nearest_equivariant_map(reads, writes):
+    weight = torch.randn(o3.Irreps(writes).dim, o3.Irreps(reads).dim, dtype=torch.float64)
+    found = project(weight, o3.Irreps(reads), o3.Irreps(writes))
+    linear, basis = o3.Linear(reads, writes).double(), []
+    for number in range(linear.weight.numel()):  # e3nn's maps span the equivariant ones
+        with torch.no_grad():
+            linear.weight.zero_()[number] = 1.0
+            basis.append(linear(torch.eye(weight.shape[1], dtype=torch.float64)).T.flatten())
+    expected = torch.zeros_like(weight).flatten()
+    if basis:
+        span = torch.stack(basis, -1)
+        expected = span @ torch.linalg.lstsq(span, weight.flatten()).solution
+    assert torch.allclose(found.flatten(), expected, atol=1e-10)
+
+
+def test_the_distance_vanishes_exactly_on_equivariant_terms():
+    model, _, _ = relaxed("2x0e+1x1o", "1x0e+2x1o")
+    regularizer = ProjectionRegularizer(model, lambda layer: layer.reads, lambda layer: layer.writes)
+    assert regularizer.distance() > 0.1
+    for relaxation in ace.relaxations(model).values():
+        dense = relaxation.term.map
+        with torch.no_grad():
+            dense.weight.copy_(project(dense.weight, o3.Irreps("2x0e+1x1o"), o3.Irreps("1x0e+2x1o")))
+            dense.bias[1:].zero_()
+    assert regularizer.distance() < 1e-12
+    regularizer.distance().backward()
+    assert dense.weight.grad.isfinite().all()
 
 
 def test_the_regularizer_moves_the_term_and_nothing_else():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ace.groups import Element, Group, act
+from ace.groups import Element, Group
+from ace.symmetry import act_by_sample
 
 EVALUATION_BATCH = 100
 """Graphs per batch in `Task.evaluate`; no result depends on it."""
@@ -137,18 +138,23 @@ class Task:
         """Model inputs of a batch of up to four training samples."""
         return next(self.batches("train", 4)).inputs
 
-    def transform(self, batch: Batch, element: Element) -> Batch:
-        """Apply one group element to inputs and target alike.
+    def transform(self, batch: Batch, *elements: Element) -> Batch:
+        """Transform inputs and target alike.
 
         Args:
             batch: Any batch of this task.
-            element: From ``group.sample``.
+            elements: From ``group.sample``: one for the whole batch, or one for each of its graphs.
 
         Returns:
             The transformed batch.
         """
-        inputs = {name: act(element, value, self.input_types[name]) for name, value in batch.inputs.items()}
-        return replace(batch, inputs=inputs, target=act(element, batch.target, self.output_type))
+        graph = batch.inputs["batch"]
+
+        def moved(value: Tensor, kind: str) -> Tensor:
+            return act_by_sample(list(elements), graph if len(value) == len(graph) else None, value, kind)
+
+        inputs = {name: moved(value, self.input_types[name]) for name, value in batch.inputs.items()}
+        return replace(batch, inputs=inputs, target=moved(batch.target, self.output_type))
 
     def model_options(self, model_name: str) -> dict[str, Any]:
         """Constructor arguments that the task decides: the sizes of its features."""

@@ -1,4 +1,4 @@
-"""The training methods that are compared: each sets a model up, takes steps, and hands over what is shipped."""
+"""What a training method is: it sets a model up, takes steps, and hands over what is shipped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ import ace
 from ace.errors import ConstraintNotMet, NonFiniteLoss
 from benchmarks.config import RunConfig
 from benchmarks.models import MODELS
-from benchmarks.regularizers import LieRegularizer
 from benchmarks.tasks import Batch, Task
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -24,6 +24,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+def derived_seed(*keys: int) -> int:
+    """Derive a seed; different keys give unrelated ones."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 class Method(ABC):
@@ -39,7 +44,7 @@ class Method(ABC):
         model: The model in training.
     """
 
-    ships_relaxed: ClassVar[bool] = False
+    ships_relaxed = False
 
     def __init__(self, config: RunConfig, model: nn.Module, task: Task) -> None:
         self.config = config
@@ -135,115 +140,3 @@ class Strict(Method):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["done"]
-
-
-class Unconstrained(Strict):
-    """The relaxed model with γ = 1 throughout, shipped with its terms."""
-
-    ships_relaxed = True
-
-    def setup(self) -> None:  # noqa: D102
-        self.relax()
-        for relaxation in ace.relaxations(self.model).values():
-            relaxation.gamma.requires_grad_(False)
-        super().setup()
-
-
-class Cr(Unconstrained):
-    r"""Constraint relaxation (Pertigkiozoglou et al., NeurIPS 2024): γ follows a triangle 0, 1, 0.
-
-    At step t of T, :math:`\gamma_t = 1 - |2t/T - 1|` for all layers, which is 0 at the last step, and the
-    objective is J + weight · r with the ``LieRegularizer``'s r.
-    """
-
-    ships_relaxed = False
-
-    def setup(self) -> None:  # noqa: D102
-        super().setup()
-        entry = MODELS[self.config.model.name]
-        self.regularizer = LieRegularizer(self.model, entry.read_types, entry.write_types)
-
-    def step(self, batch: Batch) -> Any:  # noqa: D102
-        strength = 1 - abs(2 * (self.done + 1) / self.config.steps - 1)
-        for relaxation in ace.relaxations(self.model).values():
-            relaxation.gamma.fill_(strength)
-        loss = self.task.loss(self.model, batch)
-        return self.descend(loss, loss + self.config.method.weight * sum(self.regularizer.parts()))
-
-
-class Ace(Method):
-    """The relaxation as a constraint, γ = 0, by the default primal-dual optimizer."""
-
-    def setup(self) -> None:  # noqa: D102
-        self.relax()
-        self.optimizer = ace.PrimalDual(
-            ace.Problem(self.model, self.task.loss, self.constraint()),
-            self.make_optimizer(self.model.parameters()),
-            steps=self.config.steps,
-            clip=self.config.clip,
-            max_skipped=1,  # a loss that is not finite ends the run, as it does with the other methods
-            **self.form(),
-        )
-
-    def constraint(self) -> ace.Exact | ace.Resilient | ace.EquivarianceError:
-        """Return what is asked of γ."""
-        return ace.Exact()
-
-    def form(self) -> dict[str, Any]:
-        """Return the further arguments of the optimizer."""
-        return {}
-
-    def step(self, batch: Batch) -> Any:  # noqa: D102
-        return self.optimizer.roll(batch)
-
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.optimizer.load_state_dict(state)
-
-
-class AceResilient(Ace):
-    """The relaxation as a price, shipped with the terms that the data pay for."""
-
-    ships_relaxed = True
-
-    def constraint(self) -> ace.Resilient:  # noqa: D102
-        return ace.Resilient(self.config.method.rho)
-
-
-class AceTolerance(Ace):
-    """A tolerance on the equivariance error of the whole model, shipped with its terms."""
-
-    ships_relaxed = True
-
-    def constraint(self) -> ace.EquivarianceError:  # noqa: D102
-        return ace.EquivarianceError(
-            self.task.group,
-            self.config.method.eps,
-            inputs=self.task.input_types,
-            outputs=self.task.output_type,
-            share=self.config.method.share,
-        )
-
-    def admits(self, error: float) -> bool:  # noqa: D102
-        return error <= self.config.method.eps
-
-
-class AcePaper(Ace):
-    """γ = 0 by Algorithm 1 as published."""
-
-    def form(self) -> dict[str, Any]:  # noqa: D102
-        return {"preset": "paper", "dual_lr": self.config.method.dual_lr}
-
-
-METHODS: dict[str, type[Method]] = {
-    "strict": Strict,
-    "unconstrained": Unconstrained,
-    "ace": Ace,
-    "ace-resilient": AceResilient,
-    "ace-tolerance": AceTolerance,
-    "ace-paper": AcePaper,
-    "cr": Cr,
-}
-"""Name in the configuration -> method."""

@@ -1,0 +1,76 @@
+"""The relaxation as a constraint, with multipliers: the methods of this project and the published algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ace
+from benchmarks.methods.base import Method
+from benchmarks.tasks import Batch
+
+
+class Ace(Method):
+    """The relaxation as a constraint, γ = 0, by the default primal-dual optimizer."""
+
+    def setup(self) -> None:  # noqa: D102
+        self.relax()
+        self.optimizer = ace.PrimalDual(
+            ace.Problem(self.model, self.task.loss, self.constraint()),
+            self.make_optimizer(self.model.parameters()),
+            steps=self.config.steps,
+            clip=self.config.clip,
+            max_skipped=1,  # a loss that is not finite ends the run, as it does with the other methods
+            **self.form(),
+        )
+
+    def constraint(self) -> ace.Exact | ace.Resilient | ace.EquivarianceError:
+        """Return what is asked of γ."""
+        return ace.Exact()
+
+    def form(self) -> dict[str, Any]:
+        """Return the further arguments of the optimizer."""
+        return {}
+
+    def step(self, batch: Batch) -> Any:  # noqa: D102
+        return self.optimizer.roll(batch)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self.optimizer.load_state_dict(state)
+
+
+class AceResilient(Ace):
+    """The relaxation as a price, shipped with the terms that the data pay for."""
+
+    ships_relaxed = True
+
+    def constraint(self) -> ace.Resilient:  # noqa: D102
+        return ace.Resilient(self.config.method.rho)
+
+
+class AceTolerance(Ace):
+    """A tolerance on the equivariance error of the whole model, shipped with its terms."""
+
+    ships_relaxed = True
+
+    def constraint(self) -> ace.EquivarianceError:  # noqa: D102
+        return ace.EquivarianceError(
+            self.task.group,
+            self.config.method.eps,
+            inputs=self.task.input_types,
+            outputs=self.task.output_type,
+            share=self.config.method.share,
+        )
+
+    def admits(self, error: float) -> bool:  # noqa: D102
+        return error <= self.config.method.eps
+
+
+class AcePaper(Ace):
+    """γ = 0 by Algorithm 1 as published."""
+
+    def form(self) -> dict[str, Any]:  # noqa: D102
+        return {"preset": "paper", "dual_lr": self.config.method.dual_lr}
