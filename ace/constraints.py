@@ -6,6 +6,8 @@ A constraint on the layers turns them into a size :math:`m_i = |\gamma_i| r_i` a
 - ``"strength"``: :math:`r_i = 1`, so the constraint is on :math:`|\gamma_i|`; needs no batch.
 - ``"norm"``: root mean square of f_neq on the batch, so the constraint is on the size of γ·f_neq.
 - ``"relative"``: ‖f_neq‖/‖f_eq‖ on the batch, so the constraint is on ‖γ f_neq‖/‖f_eq‖.
+- ``"spectral"``: the operator norm of f_neq, a linear map of the features of a row (of a patch, where f_neq is a
+  convolution), so the constraint is on the most that γ·f_neq can change for a change of size 1. Needs no batch.
 
 ``EquivarianceError`` constrains the model as a whole, with a violation of shape (groups,).
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 from ace.errors import AceError
 from ace.groups import Group
 
-Measure = Literal["strength", "norm", "relative"]
+Measure = Literal["strength", "norm", "relative", "spectral"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class LayerConstraint(Constraint):
 
     @property
     def deterministic(self) -> bool:
-        """Whether the violation depends on γ only, not on the batch."""
-        return self.measure == "strength"
+        """Whether the violation depends on the parameters only, not on the batch."""
+        return self.measure in ("strength", "spectral")
 
     def units(self, sizes: list[tuple[Tensor, Tensor, int]]) -> Tensor:
         """Return r_i, shape (layers,), from the measured ‖f_neq‖², ‖f_eq‖² and numbers of entries.

@@ -41,6 +41,7 @@ from ace.exponentiated import ExponentiatedGradient
 from ace.proximal import ProximalGradient
 from ace.relaxation import Relaxation, check_called, measuring, relaxations
 from ace.symmetry import Watch
+from ace.terms import matrix_of, operator_norm
 
 Form = Literal["proximal", "augmented", "paper", "tolerance"]
 
@@ -77,6 +78,7 @@ class Problem(ConstrainedMinimizationProblem):
 
     Raises:
         NotRelaxed: The model carries no relaxation terms.
+        AceError: With ``measure="spectral"``, some terms are no linear map; all are listed.
 
     Example:
         >>> import torch, ace
@@ -111,6 +113,9 @@ class Problem(ConstrainedMinimizationProblem):
             self.names = tuple(tolerance.groups)
             self._watch = Watch(relaxed, tolerance.inputs, tolerance.outputs, tolerance.share, tolerance.seed)
         self._sizes: list[tuple[Tensor, Tensor, int]] | None = None
+        self._singular: list[Tensor | None] = [None] * len(self.relaxations)  # where power iteration goes on
+        if isinstance(self.constraint, LayerConstraint) and self.constraint.measure == "spectral":
+            _check_linear(self.relaxations)
 
     @property
     def gammas(self) -> list[nn.Parameter]:
@@ -143,7 +148,7 @@ class Problem(ConstrainedMinimizationProblem):
                 "Resilient is a quadratic price already: use form='proximal' (the default) or preset='paper'"
             )
         zeros = self.gammas[0].detach().new_zeros(len(self.names))
-        signed = form != "proximal" and isinstance(self.constraint, Exact) and self.constraint.deterministic
+        signed = form != "proximal" and isinstance(self.constraint, Exact) and self.constraint.measure == "strength"
         augmented = form == "augmented"
         self.relaxation = CooperConstraint(
             ConstraintType.EQUALITY if signed else ConstraintType.INEQUALITY,
@@ -180,7 +185,11 @@ class Problem(ConstrainedMinimizationProblem):
         gamma = torch.cat(tuple(self.gammas))
         value = gamma
         strict = None
-        if not self.constraint.deterministic:
+        if self.constraint.measure == "spectral":
+            norms = self.operator_norms()
+            self.units = norms.detach()
+            value = gamma.abs() * norms
+        elif not self.constraint.deterministic:
             if self._sizes is None:
                 raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
             self.units = self.constraint.units(_all_reduce(self._sizes)).detach()
@@ -203,6 +212,15 @@ class Problem(ConstrainedMinimizationProblem):
             contributes_to_primal_update=self.form != "proximal",
         )
         return CMPState(observed_constraints={self.relaxation: observed})
+
+    def operator_norms(self) -> Tensor:
+        """Return the largest singular value of each layer's term, shape (layers,), at least 1e-6."""
+        norms = []
+        for index, relaxation in enumerate(self.relaxations.values()):
+            matrix = cast("Tensor", matrix_of(relaxation.term))  # the others were refused
+            norm, self._singular[index] = operator_norm(matrix, self._singular[index])
+            norms.append(norm.to(relaxation.gamma.dtype))
+        return torch.stack(norms).clamp_min(1e-6)
 
     def _compute_errors(self, watch: Watch) -> CMPState:
         """Return (r/ε)² - 1 for the primal step and log(r/ε), kept within ±1, for the dual step."""
@@ -252,12 +270,14 @@ class Problem(ConstrainedMinimizationProblem):
         return loss if loss.dtype == torch.float64 else loss.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return multipliers, penalty coefficients and slacks."""
-        return {**super().state_dict(), "slack": None if self.slack is None else self.slack.detach()}
+        """Return multipliers, penalty coefficients, slacks, and where power iteration goes on."""
+        slack = None if self.slack is None else self.slack.detach()
+        return {**super().state_dict(), "slack": slack, "singular": list(self._singular)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned."""
         super().load_state_dict(dict(state_dict))
+        self._singular = [v if v is None else v.to(self.multiplier.device) for v in state_dict["singular"]]
         if self.slack is not None:
             with torch.no_grad():
                 self.slack.copy_(state_dict["slack"])
@@ -429,8 +449,8 @@ class PrimalDual(ConstrainedOptimizer):
         """Update all variables from a task loss that your own loop computed; ``roll`` is this after the loss.
 
         Args:
-            loss: Task loss with its graph; computed inside ``problem.observing()`` if the constraint's measure
-                is not ``"strength"``.
+            loss: Task loss with its graph; computed inside ``problem.observing()`` if the constraint is measured on
+                the batch.
 
         Returns:
             As ``roll``.
@@ -523,7 +543,8 @@ class PrimalDual(ConstrainedOptimizer):
         constraint, gammas = self.cmp.constraint, self.cmp.gammas
         polishing = self.step + 1 > math.floor((1 - self.polish) * self.steps)
         if isinstance(constraint, Bounded) and polishing:
-            bound = (constraint.eps / torch.as_tensor(self._units())).expand(len(gammas))
+            units = self.cmp.operator_norms() if constraint.measure == "spectral" else self._units()
+            bound = (constraint.eps / torch.as_tensor(units)).expand(len(gammas))
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
         if not isinstance(constraint, Exact) or bool(self._off.all()):
@@ -623,6 +644,21 @@ class PrimalDual(ConstrainedOptimizer):
         self._micro_step = 0
         with torch.no_grad():
             self._retire(state["off"].clone())
+
+
+def _check_linear(attached: Mapping[str, Relaxation]) -> None:
+    """Refuse terms that have no operator norm."""
+    found = [
+        f"{path or '(root)'} ({'normalised' if relaxation.normalize else type(inner).__name__})"
+        for path, relaxation in attached.items()
+        for inner in [getattr(relaxation.term, "map", relaxation.term)]
+        if relaxation.normalize or matrix_of(relaxation.term) is None
+    ]
+    if found:
+        raise AceError(
+            f"measure='spectral' needs terms that are one linear map; these are not: {', '.join(found)}. Use "
+            "relax(term='linear', normalize=False), or measure='norm' or 'relative'"
+        )
 
 
 def _check_arguments(

@@ -268,13 +268,85 @@ class SpectralLinear(nn.Linear):
         """Return the map of ``input``, shape (..., features out)."""
         u, v = self.u, self.v
         if self.training:
-            with torch.no_grad():
-                v = nn.functional.normalize(self.weight.T @ u, dim=0)
-                u = nn.functional.normalize(self.weight @ v, dim=0)
-                self.u.copy_(u)
-                self.v.copy_(v)
-        sigma = torch.dot(u, self.weight @ v)
-        return nn.functional.linear(input, self.weight / sigma, self.bias)
+            u, v = power_iteration(self.weight, u)
+            self.u.copy_(u)
+            self.v.copy_(v)
+        return nn.functional.linear(input, self._divided(u, v), self.bias)
+
+    def _divided(self, u: Tensor, v: Tensor) -> Tensor:
+        divided: Tensor = self.weight / torch.dot(u, self.weight @ v)
+        return divided
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight divided by the singular value."""
+        return self._divided(self.u, self.v)
+
+
+@torch.no_grad()
+def power_iteration(matrix: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """Return estimates (u, v) of the first singular vectors, from an estimate of the left one."""
+    v = u
+    for _ in range(steps):
+        v = nn.functional.normalize(matrix.T @ u, dim=0)
+        u = nn.functional.normalize(matrix @ v, dim=0)
+    return u, v
+
+
+SMALL = 64
+"""Least side of a matrix up to which its operator norm is computed exactly."""
+POWER_STEPS = 4
+"""Steps of power iteration for larger ones, each time that the norm is asked for."""
+
+
+def operator_norm(matrix: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the largest singular value of a matrix, with its graph.
+
+    Args:
+        matrix: Any matrix.
+        start: What this function returned beside the norm the last time, when the matrix was about the same.
+
+    Returns:
+        The norm: exact where the smaller side has at most 64 rows or columns, else by power iteration that goes on
+        from ``start``, which is never too large. And where to start the next time, None if exact.
+
+    Example:
+        >>> operator_norm(torch.diag(torch.tensor([3.0, 4.0])))
+        (tensor(4.), None)
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if min(matrix.shape) <= SMALL:
+        return torch.linalg.matrix_norm(matrix, ord=2), None
+    if start is None:
+        start = torch.linalg.svd(matrix.detach(), full_matrices=False)[0][:, 0].contiguous()
+    u, v = power_iteration(matrix.detach(), start, POWER_STEPS)
+    return torch.dot(u, matrix @ v), u
+
+
+def matrix_of(term: nn.Module) -> Tensor | None:
+    """Return the matrix of a term that is one linear map, but for its bias; None if it is not.
+
+    A term is judged by its attribute ``map``, as that of ``DenseTerm``, or by itself if it has none. Of a convolution
+    it is the map of one patch.
+
+    Example:
+        >>> matrix_of(low_rank(2)(5, 4)).shape, matrix_of(MLP(3, 3))
+        (torch.Size([4, 5]), None)
+    """
+    inner = getattr(term, "map", term)
+    if isinstance(inner, SpectralLinear):
+        return inner.matrix
+    if isinstance(inner, nn.Linear) and type(inner).forward is nn.Linear.forward:
+        return inner.weight
+    if not isinstance(inner, nn.Sequential):
+        return None
+    product: Tensor | None = None
+    for layer in inner:
+        matrix = matrix_of(layer)
+        if matrix is None:
+            return None
+        product = matrix if product is None else matrix @ product
+    return product
 
 
 WIDE = 2**17

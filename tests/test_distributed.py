@@ -20,6 +20,7 @@ SCENARIOS = {
     "exact": (ace.Exact(), {}),
     "exact-relative": (ace.Exact(measure="relative"), {}),
     "bounded-norm": (ace.Bounded(0.05, measure="norm"), {}),
+    "bounded-spectral": (ace.Bounded(0.05, measure="spectral"), {}),
     "resilient": (ace.Resilient(0.5), {"steps": 500}),
     "augmented": (ace.Exact(), {"form": "augmented"}),
     "paper": (ace.Resilient(0.5), {"preset": "paper", "dual_lr": 0.05}),
