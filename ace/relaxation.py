@@ -200,6 +200,7 @@ def relax(
         planned.positions.value = None
         model.add_module(POSITIONS, planned.positions)
         model.register_forward_pre_hook(planned.positions.capture, with_kwargs=True)
+        model.register_forward_hook(planned.positions.follow)
     return model
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ace.calls import Path, parts_of
+from ace.calls import Path, parts_of, tensors_in
 from ace.errors import AceError
 
 Make = Callable[[int, int], nn.Module]
@@ -109,7 +109,8 @@ class Positions(nn.Module):
 
     Beside a layer that sees only invariant features a term on those features breaks no symmetry; with the
     positions as a second input it does. Registered once at the root of the model and shared by the terms.
-    The last positions are kept until the next forward pass, since activation checkpointing runs layers again.
+    The last positions are kept until the next forward pass, since activation checkpointing runs layers again in the
+    backward pass; before that reaches the layers of an earlier forward pass, the positions of that one are put back.
     """
 
     def __init__(self, select: Select, width: int) -> None:
@@ -122,6 +123,21 @@ class Positions(nn.Module):
         """Forward pre-hook of the model: remember the positions."""
         del model
         self.value = select_argument(self.select, args, kwargs)
+
+    def follow(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model: when the gradient comes back to this pass, so do its positions."""
+        del model, args
+        if torch.compiler.is_compiling():  # a compiled graph keeps what it runs again together
+            return
+        value = self.value
+
+        def put_back(gradient: Tensor) -> None:
+            del gradient
+            self.value = value
+
+        for _, tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(put_back)
 
     def forward(self, stage: Any) -> Any:
         """Do nothing: a ``Sequential`` runs every child, so a child must be the identity."""

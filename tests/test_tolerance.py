@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import ace
 from ace.errors import AceError
@@ -222,6 +223,47 @@ def test_resumed_training_is_bitwise_the_same():
     assert torch.equal(one.cmp.multiplier, two.cmp.multiplier)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key])
+
+
+class Spread(nn.Module):
+    """Sees distances only; the terms of its two layers read the positions. Layers are run again in the backward pass."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+        self.first, self.second = nn.Linear(1, 8), nn.Linear(8, 1)
+
+    def forward(self, pos, batch):
+        centre = pos.new_zeros(3, 3).index_add(0, batch, pos) / batch.bincount()[:, None]
+        out = pos - centre[batch]
+        x = out.square().sum(-1, keepdim=True)
+        for layer in (lambda x: self.first(x).tanh(), lambda x: self.second(x).tanh()):
+            x = checkpoint(layer, x, use_reentrant=False) if self.again else layer(x)
+        return {"way": x * out, "size": x}
+
+
+def gradients(again, groups):
+    torch.manual_seed(0)
+    model = Spread(again)
+    example = {"pos": torch.randn(6, 3), "batch": GRAPHS}
+    ace.relax(model, layers=nn.Linear, example=example)
+    assert all(r.term.positions is not None for r in ace.relaxations(model).values())
+    types = {"outputs": {"way": "vector", "size": "scalar"}}
+    constraint = ace.EquivarianceError(groups, 0.1, **types)
+    problem = ace.Problem(model, lambda m, b: m(**b)["way"].square().mean(), constraint)
+    optimizer = ace.PrimalDual(problem, torch.optim.SGD(model.parameters(), 0.01), steps=5)
+    optimizer.roll({"pos": torch.randn(6, 3), "batch": GRAPHS})
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("groups", [{"all": ace.SO3()}, {"all": ace.O3(), "tilts": ace.Tilts()}], ids=["one", "two"])
+def test_layers_run_again_in_the_backward_pass_see_the_positions_of_their_own_pass(groups, float64):
+    expected = gradients(False, groups)
+    assert expected["first.relaxation.term.map.weight"].abs().max() > 1e-4
+    for name, found in gradients(True, groups).items():
+        torch.testing.assert_close(
+            found, expected[name], rtol=1e-10, atol=1e-14, msg=lambda text, name=name: name + text
+        )
 
 
 def test_accumulated_gradients():
