@@ -229,14 +229,14 @@ class Problem(ConstrainedMinimizationProblem):
         for name, group in constraint.groups.items():
             differences, sizes = watch.squares(group, self.step)
             aim = (1 - constraint.margin) * constraint.tolerances[name]
+            differences, sizes = _gather(torch.stack((differences, sizes)))
             if constraint.quantile is None:
-                local = torch.stack((differences.sum(), sizes.sum()))
-                everywhere = _sum_over_ranks(local.detach())
-                value, measured = local[0] / local[1], everywhere[0] / everywhere[1]
+                value = differences.mean() / sizes.mean()
             else:
                 value = torch.quantile(differences, constraint.quantile) / sizes.mean()
-                measured = _sum_over_ranks(value.detach()) / _world_size()
-            values.append(value / aim**2 - 1)
+            measured = value.detach()
+            # each process has the derivative along its own samples, and their mean is taken where the sum is wanted
+            values.append((measured + _world_size() * (value - measured)) / aim**2 - 1)
             strict.append(measured / aim**2)
         self.excess = torch.stack(strict).clamp_min(torch.finfo(strict[0].dtype).tiny).to(self.multiplier.dtype)
         violation = torch.stack(values).to(self.multiplier.dtype)
@@ -758,6 +758,21 @@ def _sum_over_ranks(value: Tensor) -> Tensor:
     if _world_size() > 1:
         torch.distributed.all_reduce(total)
     return total
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """Join the columns of all processes, each its own number of them; only a process's own carry a graph there."""
+    if _world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(_world_size())]
+    torch.distributed.all_gather(counts, torch.full_like(counts[0], rows.shape[1]))
+    widest = max(int(count) for count in counts)
+    padded = nn.functional.pad(rows.detach(), (0, widest - rows.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded)
+    parts = [part[:, : int(count)] for part, count in zip(parts, counts, strict=True)]
+    parts[torch.distributed.get_rank()] = rows
+    return torch.cat(parts, dim=1)
 
 
 def _all_reduce(sizes: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:

@@ -11,7 +11,7 @@ fixed, a smaller f would pass for a more symmetric one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Watch:
         self._seen: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._read: tuple[Any, list[Input], Samples] | None = None
         self._random: Tensor | None = None
+        self._autocast: list[torch.autocast] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -68,6 +69,10 @@ class Watch:
         del model, args, kwargs
         if self._seen is None:
             self._random = torch.random.get_rng_state()
+            self._autocast = [
+                torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+                for device in ("cpu", "cuda")
+            ]
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del model
@@ -122,14 +127,19 @@ class Watch:
             )
             for entry in arguments
         }
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), ExitStack() as stack:
             if self._random is not None:
                 torch.random.set_rng_state(self._random)  # dropout must drop the same
+            for precision in self._autocast:
+                stack.enter_context(precision)
             there = call(run, with_inputs(example, moved))
         differences, sizes = [], []
         after = output_leaves(there, self.outputs)
         for (_, value, kind), (_, found, _) in zip(leaves, after, strict=True):
-            index, before = samples.index(value), samples.part(value)
+            index, before = (
+                samples.index(value),
+                samples.part(value).to(torch.promote_types(value.dtype, torch.float32)),
+            )
             expected = act_by_sample(elements, index, before, kind)
             scale = 1.0 if len(leaves) == 1 else before.detach().square().sum() / samples.count
             differences.append(by_sample((found - expected).square(), index, samples.count) / scale)

@@ -80,6 +80,20 @@ def test_rows_of_a_sample_move_together(owners, kind):
         torch.testing.assert_close(moved[row : row + 1], act(elements[owner], x[row : row + 1], kind))
 
 
+def test_both_passes_run_in_the_same_precision():
+    model, pos = Field(), torch.randn(64, 5, 3)
+    seen = []
+    model.dense.register_forward_hook(lambda layer, args, output: seen.append(output.dtype))
+    watch = Watch(model, **TYPES)
+    with watch.watching(), torch.autocast("cpu", torch.bfloat16):
+        model(pos)
+    found, sizes = watch.squares(ace.O3(), 3)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert found.dtype == sizes.dtype == torch.float32
+    expected, _ = measure(model, {"pos": pos}, ace.O3())
+    torch.testing.assert_close(found.sum(), expected.sum(), rtol=0.02, atol=0)
+
+
 def test_a_share_is_the_first_samples(float64):
     class Pull(Field):
         def forward(self, pos, batch=None, edge_index=None):
@@ -226,7 +240,7 @@ def test_resumed_training_is_bitwise_the_same():
 
 
 class Spread(nn.Module):
-    """Sees distances only; the terms of its two layers read the positions. Layers are run again in the backward pass."""
+    """Sees distances only, so that the terms of its layers read the positions; may run them again going backward."""
 
     def __init__(self, again):
         super().__init__()
@@ -278,40 +292,95 @@ def test_accumulated_gradients():
     assert problem.multiplier.item() > 0
 
 
+def agreeing(rank):
+    """Train on uneven shares, with random elements."""
+    torch.manual_seed(0)
+    task = Broken(**SIZES)
+    model = VectorNet(0, 0)
+    ace.relax(model, layers=VectorLayer, example=task.example())
+    wrapped = DistributedDataParallel(model)
+    groups = {"all": ace.O3(), "about x": ace.SO2((1.0, 0.0, 0.0))}
+    problem = ace.Problem(wrapped, task.loss, ace.EquivarianceError(groups, 0.05, **TYPES))
+    optimizer = ace.PrimalDual(problem, torch.optim.Adam(wrapped.parameters(), 3e-3), steps=30)
+    excess = []
+    for batch in task.batches("train", 30 + 7 * rank, shuffle_seed=rank):
+        if optimizer.step < 20:
+            optimizer.roll(batch)
+            excess.append(problem.excess)
+    return {"multiplier": problem.multiplier.detach(), "excess": torch.stack(excess), **model.state_dict()}
+
+
+class SameForAll(ace.groups.Group):
+    """A group of which the same element is always drawn, by however many processes."""
+
+    def sample(self, count, seed=0, *, nodes=None):
+        return ace.SO3().sample(1, 5) * count
+
+
+def as_one(quantile, rank=0, world=1):
+    """Train on graphs 0 to 2 as the first of two processes, on 3 to 9 as the second, on all as the only one."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model = Field(0.0)
+    ace.relax(model, layers=nn.Linear, example={"pos": torch.randn(4, 3)}, inputs={"pos": "vector"})
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    mine = slice(0, 10) if world == 1 else slice(0, 3) if rank == 0 else slice(3, 10)
+
+    def loss(m, batch):
+        pos = batch[mine].flatten(0, 1)
+        graph = torch.arange(len(pos) // 4).repeat_interleave(4)
+        return world * (m(pos=pos, batch=graph) - pos - 0.3).square().sum() / 120
+
+    constraint = ace.EquivarianceError({"same": SameForAll()}, 0.1, quantile=quantile, **TYPES)
+    problem = ace.Problem(wrapped, loss, constraint)
+    optimizer = ace.PrimalDual(problem, torch.optim.SGD(wrapped.parameters(), 0.05), steps=100)
+    excess = []
+    for batch in torch.randn(40, 10, 4, 3, generator=torch.Generator().manual_seed(1)):
+        optimizer.roll(batch * torch.linspace(0.2, 2, 10)[:, None, None])  # no two graphs alike
+        excess.append(problem.excess)
+    return {"multiplier": problem.multiplier.detach(), "excess": torch.stack(excess), **model.state_dict()}
+
+
 def worker(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     try:
-        torch.manual_seed(0)
-        task = Broken(**SIZES)
-        model = VectorNet(0, 0)
-        ace.relax(model, layers=VectorLayer, example=task.example())
-        wrapped = DistributedDataParallel(model)
-        groups = {"all": ace.O3(), "about x": ace.SO2((1.0, 0.0, 0.0))}
-        problem = ace.Problem(wrapped, task.loss, ace.EquivarianceError(groups, 0.05, **TYPES))
-        optimizer = ace.PrimalDual(problem, torch.optim.Adam(wrapped.parameters(), 3e-3), steps=30)
-        excess = []
-        for batch in task.batches("train", 30 + 7 * rank, shuffle_seed=rank):  # uneven shares
-            if optimizer.step < 20:
-                optimizer.roll(batch)
-                excess.append(problem.excess)
-        state = {"multiplier": problem.multiplier.detach(), "excess": torch.stack(excess)}
-        torch.save({**state, **model.state_dict()}, f"{folder}/{rank}.pt")
+        found = {"agreeing": agreeing(rank), **{str(q): as_one(q, rank, 2) for q in QUANTILES}}
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_agree(tmp_path):
+QUANTILES = (None, 0.8)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_agree(ranks):
+    zero, one = (found["agreeing"] for found in ranks)
     assert zero.keys() == one.keys()
     for key, value in zero.items():
         assert torch.equal(value, one[key]), key
     assert zero["multiplier"].min() > 0
+
+
+@pytest.mark.parametrize("quantile", QUANTILES)
+def test_two_processes_with_uneven_shares_are_one(ranks, quantile, float64):
+    alone = as_one(quantile)
+    zero, one = (found[str(quantile)] for found in ranks)
+    for key, value in alone.items():
+        torch.testing.assert_close(zero[key], one[key], rtol=0, atol=0)
+        torch.testing.assert_close(zero[key], value, rtol=1e-9, atol=1e-12)
+    assert alone["excess"].std() > 0.1
 
 
 @pytest.mark.parametrize(
