@@ -66,6 +66,7 @@ class AceResilient(_Relaxing):
 
     name: Literal["ace-resilient"]
     rho: float = Field(1.0, gt=0)
+    measure: Literal["strength", "norm", "relative"] = "strength"
 
 
 class AceTolerance(_Relaxing):

@@ -76,16 +76,18 @@ class ProjectionRegularizer:
 
     the Frobenius norm of weight and bias minus their Reynolds projection. By Schur's lemma the projection keeps, of
     each block between copies of the same irrep, the mean of its diagonal times the identity, and no other block.
-    Translations are not projected.
+    What a layer adds must not move with translations, so the projection keeps no weight that reads positions.
 
     Args:
         relaxed: A relaxed model whose terms are linear.
         reads: Layer -> e3nn irreps of the concatenated inputs of its term.
         writes: Layer -> e3nn irreps of the concatenated outputs.
+        positions: Layer -> the entries of its inputs that are positions.
 
     Example:
         >>> relaxed = ace.relax(nn.Linear(3, 3), layers=nn.Linear, example=torch.ones(5, 3))
-        >>> regularizer = ProjectionRegularizer(relaxed, lambda layer: "1x1o", lambda layer: "1x1o")
+        >>> types = lambda layer: "1x1o"
+        >>> regularizer = ProjectionRegularizer(relaxed, types, types, lambda layer: slice(0))
         >>> dense = relaxed.relaxation.term.map
         >>> _ = nn.init.eye_(dense.weight), nn.init.zeros_(dense.bias)
         >>> regularizer.distance().item() < 1e-12
@@ -95,17 +97,26 @@ class ProjectionRegularizer:
         6.0
     """
 
-    def __init__(self, relaxed: nn.Module, reads: Callable[[Any], str], writes: Callable[[Any], str]) -> None:
-        self._terms: list[tuple[nn.Linear, o3.Irreps, o3.Irreps]] = []
+    def __init__(
+        self,
+        relaxed: nn.Module,
+        reads: Callable[[Any], str],
+        writes: Callable[[Any], str],
+        positions: Callable[[Any], slice],
+    ) -> None:
+        self._terms: list[tuple[nn.Linear, o3.Irreps, o3.Irreps, slice]] = []
         for path, relaxation in ace.relaxations(relaxed).items():
             layer = relaxed.get_submodule(path)
-            self._terms.append((relaxation.term.map, o3.Irreps(reads(layer)), o3.Irreps(writes(layer))))
+            types = o3.Irreps(reads(layer)), o3.Irreps(writes(layer))
+            self._terms.append((relaxation.term.map, *types, positions(layer)))
 
     def distance(self) -> Tensor:
         """Return r; a tensor without axes."""
         distances = []
-        for dense, reads, writes in self._terms:
-            weight = dense.weight - project(dense.weight, reads, writes)
+        for dense, reads, writes, positions in self._terms:
+            kept = project(dense.weight, reads, writes)
+            kept[:, positions] = 0
+            weight = dense.weight - kept
             bias = dense.bias - project(dense.bias[:, None], o3.Irreps("0e"), writes)[:, 0]
             distances.append(_root([weight.square().sum(), bias.square().sum()]))
         return torch.stack(distances).sum()

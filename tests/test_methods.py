@@ -379,7 +379,9 @@ def test_the_projection_is_the_nearest_equivariant_map(reads, writes):
 
 def test_the_distance_vanishes_exactly_on_equivariant_terms():
     model, _, _ = relaxed("2x0e+1x1o", "1x0e+2x1o")
-    regularizer = ProjectionRegularizer(model, lambda layer: layer.reads, lambda layer: layer.writes)
+    regularizer = ProjectionRegularizer(
+        model, lambda layer: layer.reads, lambda layer: layer.writes, lambda layer: slice(0)
+    )
     assert regularizer.distance() > 0.1
     for relaxation in ace.relaxations(model).values():
         dense = relaxation.term.map
@@ -389,6 +391,25 @@ def test_the_distance_vanishes_exactly_on_equivariant_terms():
     assert regularizer.distance() < 1e-12
     regularizer.distance().backward()
     assert dense.weight.grad.isfinite().all()
+
+
+def test_a_term_at_distance_zero_leaves_the_model_equivariant():
+    method, _, task = start("projection")
+    entry = MODELS["egnn"]
+    for path, relaxation in ace.relaxations(method.model).items():
+        layer, dense = method.model.get_submodule(path), relaxation.term.map
+        with torch.no_grad():
+            dense.weight.copy_(
+                project(dense.weight, *(o3.Irreps(t(layer)) for t in (entry.read_types, entry.write_types)))
+            )
+            dense.weight[:, entry.read_positions(layer)] = 0
+            dense.bias[-3:] = 0
+    assert method.regularizer.distance() < 1e-5
+    model, example = method.model.double(), task.example()
+    example = {key: value.double() if value.is_floating_point() else value for key, value in example.items()}
+    error = ace.equivariance_error(model, example, task.group, inputs=task.input_types, outputs=task.output_type)
+    assert error.max < 1e-6
+    assert ace.projection_gap(model, example) > 1e-3
 
 
 def test_the_regularizer_moves_the_term_and_nothing_else():

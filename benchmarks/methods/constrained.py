@@ -48,7 +48,7 @@ class AceResilient(Ace):
     ships_relaxed = True
 
     def constraint(self) -> ace.Resilient:  # noqa: D102
-        return ace.Resilient(self.config.method.rho)
+        return ace.Resilient(self.config.method.rho, measure=self.config.method.measure)
 
 
 class AceTolerance(Ace):

@@ -149,7 +149,7 @@ class Projection(Unconstrained):
     def setup(self) -> None:  # noqa: D102
         super().setup()
         entry = MODELS[self.config.model.name]
-        self.regularizer = ProjectionRegularizer(self.model, entry.read_types, entry.write_types)
+        self.regularizer = ProjectionRegularizer(self.model, entry.read_types, entry.write_types, entry.read_positions)
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         loss = self.task.loss(self.model, batch)

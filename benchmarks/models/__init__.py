@@ -27,12 +27,14 @@ class ModelEntry:
         read_types: Layer -> e3nn irreps of the node tensors it is called with, concatenated in the
             order of its arguments.
         write_types: Layer -> e3nn irreps of the node tensors it returns, concatenated.
+        read_positions: Layer -> the entries of what it is called with that translations move.
     """
 
     build: Callable[..., nn.Module]
     layers: tuple[str, ...]
     read_types: Callable[[Any], str]
     write_types: Callable[[Any], str]
+    read_positions: Callable[[Any], slice] = lambda layer: slice(0)
 
 
 MODELS = {
@@ -41,6 +43,7 @@ MODELS = {
         layers=("EGNNLayer",),
         read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",  # h, pos, vel
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",  # h, pos
+        read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
     ),
     "segnn": ModelEntry(
         build=SEGNN,
@@ -53,6 +56,7 @@ MODELS = {
         layers=("EGNNLayer",),
         read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
+        read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
     ),
     "vector": ModelEntry(
         build=VectorNet,
