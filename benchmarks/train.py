@@ -45,7 +45,7 @@ PROBE = 100
 MEASURED = 1000
 """Samples in the measurement by sample of the shipped model, at most."""
 
-SWEPT = ("eps", "rho", "weight", "final")
+SWEPT = ("eps", "rho", "measure", "weight", "final")
 """Options of methods that trade the task against the symmetry."""
 
 Progress = Callable[[int], None]
@@ -89,6 +89,23 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> di
                 raise
             raise RunFailed(f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'})") from error
     return summary
+
+
+def shipped_model(folder: Path) -> tuple[nn.Module, Task]:
+    """Return the model that a finished run shipped, and its task; nothing in the folder is changed.
+
+    Raises:
+        AceError: The run is not done, or its checkpoint is gone.
+        CheckpointMismatch: The checkpoint is damaged, or of another configuration.
+    """
+    missing = [name for name in ("config.yaml", "summary.json", "checkpoint.pt") if not (folder / name).exists()]
+    if missing:
+        raise AceError(
+            f"{folder} is no run that is done: it has no {' and no '.join(missing)}; see: ace status {folder}"
+        )
+    training = _Training(load_run(folder / "config.yaml"), folder)
+    training.select()
+    return training.method.finish(), training.task
 
 
 def build_task(config: RunConfig) -> Task:
@@ -262,16 +279,20 @@ class _Training:
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
         torch.set_rng_state(state["random"])
 
+    def select(self) -> None:
+        """Load the weights that were best on the validation split."""
+        if not self.best["step"]:
+            raise NonFiniteLoss("no evaluation on the validation split was finite, so there is no model to ship")
+        for relaxation in ace.relaxations(self.method.model).values():
+            relaxation.retired = False  # the selected weights may be from before
+        self.method.model.load_state_dict(self.best["model"])
+
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
         """Load the selected weights, ship the model, and measure it once on the test split."""
         config, method, model, example = self.config, self.method, self.method.model, self.task.example()
         final = {"final_max_gamma": _max_gamma(model), "final_projection_gap": _gap(model, example)}
-        if not self.best["step"]:
-            raise NonFiniteLoss("no evaluation on the validation split was finite, so there is no model to ship")
-        for relaxation in ace.relaxations(model).values():
-            relaxation.retired = False  # the selected weights may be from before
-        model.load_state_dict(self.best["model"])
+        self.select()
         relaxed, restored = self.measure("test")
         selected = {"max_gamma": _max_gamma(model), "projection_gap": _gap(model, example)}
         shipped = method.finish()
@@ -284,7 +305,9 @@ class _Training:
             "task": config.task.name,
             "model": config.model.name,
             "method": config.method.name,
-            "setting": ", ".join(f"{key}={value}" for key, value in config.method if key in SWEPT),
+            "setting": ", ".join(
+                f"{key}={value}" for key, value in config.method if key in SWEPT and value != "strength"
+            ),
             "seed": config.seed,
             "steps": config.steps,
             "selected_step": self.best["step"],
