@@ -36,6 +36,10 @@ class ProximalGradient(torch.optim.Optimizer):
             ascent made it. The gradients of a loss fall by orders of magnitude in training; a multiplier in the
             units of its first steps would only reflect those.
 
+    Attributes:
+        clip: Largest gradient that acts on γ_i, in units of s_i.
+        cap: Largest size of γ_i.
+
     Example:
         >>> gamma = nn.Parameter(torch.ones(1))
         >>> optimizer = ProximalGradient([gamma], torch.full((1,), 2.0), lr=0.1)
@@ -44,6 +48,9 @@ class ProximalGradient(torch.optim.Optimizer):
         >>> round(gamma.item(), 4)  # 1 - 0.1 (the gradient in units of its size), threshold 0.1 * 2 / 0.5
         0.5
     """
+
+    clip = 1.0
+    cap = 1.0
 
     def __init__(
         self, gammas: Sequence[nn.Parameter], multiplier: Tensor, lr: float, decay: float = 0.99, carry: bool = False
@@ -94,6 +101,7 @@ class ProximalGradient(torch.optim.Optimizer):
         if self.carry:
             self.multiplier.mul_(scale / before)
         rate = group["lr"] / scale
-        moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-scale, scale)
-        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp(0.0, 1.0)
+        limit = self.clip * scale
+        moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-limit, limit)
+        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp(0.0, self.cap)
         torch._foreach_copy_(list(gammas), list(new.split(1)))

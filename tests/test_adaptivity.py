@@ -13,7 +13,7 @@ import torch
 import ace.problem
 from ace.proximal import ProximalGradient
 from benchmarks.studies import adaptivity
-from benchmarks.studies.adaptivity import ABLATIONS, SCALES, Ablation, Setting, describe, grid, train
+from benchmarks.studies.adaptivity import ABLATIONS, SCALES, Setting, describe, grid, train
 
 LAYERS = range(3)
 
@@ -58,15 +58,6 @@ def test_describe():
     assert (row["overshoot"], row["settled"], row["final"]) == (0.25, 0.75, 0.0)
     assert describe(torch.zeros(5, 1))["lets_go_0"] == 0
     assert describe(torch.ones(5, 1))["settled"] == 1
-
-
-def test_the_step_with_switches_is_that_of_the_library(monkeypatch):
-    setting = Setting("switches", strength=0.3, steps=120)
-    monkeypatch.setitem(ABLATIONS, "switches", Ablation())
-    _, library = train(setting)
-    patches = ((ace.problem, "ProximalGradient", adaptivity.Stepwise),)
-    monkeypatch.setitem(ABLATIONS, "switches", Ablation(patches=patches))
-    assert torch.equal(train(setting)[1], library)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

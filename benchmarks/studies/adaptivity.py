@@ -107,48 +107,23 @@ class Ablation:
     patches: tuple[tuple[Any, str, Any], ...] = ()
 
 
-class Stepwise(ProximalGradient):
-    """The step on γ written out with its ingredients as switches; with all of them on it is the library's."""
-
-    with_carry = with_clip = with_cap = True
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every γ."""
-        group, gammas = self.param_groups[0], self._gammas
-        state = self.state[gammas[0]]
-        gradient = torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in gammas])
-        reached = gradient.new_tensor([g.grad is not None for g in gammas])
-        before = self.scale
-        state["step"] += reached
-        weight = (1 - group["decay"]) * reached
-        state["mean"].lerp_(gradient, weight)
-        state["square"].lerp_(gradient.square(), weight)
-        scale = self.scale
-        if self.carry and self.with_carry:
-            self.multiplier.mul_(scale / before)
-        rate = group["lr"] / scale
-        moved = torch.cat(tuple(gammas)) - rate * (gradient.clamp(-scale, scale) if self.with_clip else gradient)
-        new = moved.sign() * (moved.abs() - rate * self.multiplier).clamp(0.0, 1.0 if self.with_cap else math.inf)
-        torch._foreach_copy_(list(gammas), list(new.split(1)))
-
-
-class NoCarry(Stepwise):
+class NoCarry(ProximalGradient):
     """λ keeps its value when the unit of the gradient changes."""
 
-    with_carry = False
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "carry": False})
 
 
-class NoClip(Stepwise):
+class NoClip(ProximalGradient):
     """One batch may move γ by any amount."""
 
-    with_clip = False
+    clip = math.inf
 
 
-class NoCap(Stepwise):
+class NoCap(ProximalGradient):
     """γ may exceed its value at the start."""
 
-    with_cap = False
+    cap = math.inf
 
 
 def _step_by(optimizer: type[ProximalGradient]) -> Ablation:
