@@ -40,6 +40,7 @@ class _Relaxing(_Frozen):
     """Options of the methods that choose their relaxation terms."""
 
     term: Literal["linear", "mlp", "spectral"] = "linear"
+    rank: int | None = Field(None, gt=0)
     normalize: bool = False
 
 
@@ -59,6 +60,7 @@ class Ace(_Relaxing):
     """γ = 0 as a constraint, with the default primal-dual optimizer; the restored model is shipped."""
 
     name: Literal["ace"]
+    polish: float = Field(0.2, ge=0, lt=1)
 
 
 class AceResilient(_Relaxing):
@@ -212,6 +214,8 @@ class RunConfig(_Frozen):
         weight_decay: Of all weights, those of the terms included.
         clip: Largest norm of the gradient of the weights, or None.
         augment: Move every training batch by a random element of the task's group.
+        average: Decay of an exponential moving average of the weights, which is then what is evaluated and shipped; 0
+            for none.
         eval_every: Steps between evaluations on the validation split.
         log_every: Steps between rows of loss, γ, violation and multiplier in the history.
         checkpoint_every: Steps between checkpoints; cannot change the result.
@@ -229,6 +233,7 @@ class RunConfig(_Frozen):
     weight_decay: float = Field(0.0, ge=0)
     clip: float | None = Field(None, gt=0)
     augment: bool = False
+    average: float = Field(0.0, ge=0, lt=1)
     eval_every: int = Field(500, gt=0)
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(1000, gt=0)

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,7 @@ class _Training:
         self.history = ace.History(folder / "history.csv", every=config.log_every)
         self.step = 0
         self.best: dict[str, Any] = {"step": 0, "value": math.inf, "rank": [2.0, 0.0], "model": {}}
+        self.average: dict[str, Tensor] = {}
         self.seconds = {"steps": 0.0, "cpu": 0.0, "all": 0.0}  # the processor's time does not depend on what else runs
         if self.checkpoint.exists():
             self.load()
@@ -199,14 +200,40 @@ class _Training:
             self.seconds["steps"] += time.perf_counter() - start
             self.seconds["cpu"] += time.process_time() - start_cpu
             self.step += 1
+            self.update_average()
             self.history.append(record, epoch)
             last = self.step == config.steps
             if last or self.step % config.eval_every == 0:
-                self.evaluate(epoch)
+                with self.averaged():
+                    self.evaluate(epoch)
             if last or self.step % config.checkpoint_every == 0:
                 self.save()
             if progress is not None:
                 progress(self.step)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the average towards the weights; quickly in the first steps, so that it forgets where it started."""
+        if not self.config.average:
+            return
+        weights = _floating(self.method.model)
+        if not self.average:
+            self.average = {key: tensor.clone() for key, tensor in weights.items()}
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), list(weights.values()), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average, if there is one, in the place of the weights."""
+        if not self.average:
+            yield
+            return
+        live = {key: tensor.clone() for key, tensor in _floating(self.method.model).items()}
+        self.method.model.load_state_dict({**self.method.model.state_dict(), **self.average})
+        try:
+            yield
+        finally:
+            self.method.model.load_state_dict({**self.method.model.state_dict(), **live})
 
     def evaluate(self, epoch: int) -> None:
         """Measure on the validation split, and keep the weights if what would be shipped is the best so far.
@@ -267,6 +294,7 @@ class _Training:
             "method": self.method.state_dict(),
             "step": self.step,
             "best": self.best,
+            "average": self.average,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
         }
@@ -277,6 +305,7 @@ class _Training:
         state = checkpoint.load(self.checkpoint, config=self.config.identity())
         self.method.load_state_dict(state["method"])
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+        self.average = state["average"]
         torch.set_rng_state(state["random"])
 
     def select(self) -> None:
@@ -334,6 +363,10 @@ class _Training:
             "e3nn": version("e3nn"),
             "cooper": version("cooper-optim"),
         }
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def _max_gamma(model: nn.Module) -> float:

@@ -19,6 +19,7 @@ from ace import checkpoint
 from ace.errors import CheckpointMismatch, ConfigError, DataError, NonFiniteLoss, NotWritten
 from benchmarks.config import load_run
 from benchmarks.locks import Locked, locked
+from benchmarks.methods import METHODS as METHOD_CLASSES
 from benchmarks.tasks.base import Task
 from benchmarks.train import RunFailed, build_model, build_task, run, training_batches
 
@@ -50,7 +51,11 @@ def killed(cache, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("killed")
     draw = random.Random(20)
     cases = {
-        name: (str(folder / name), [*TINY, f"method={name}", "augment=true"], sorted(draw.sample(range(1, 21), 2)))
+        name: (
+            str(folder / name),
+            [*TINY, f"method={name}", "augment=true", "average=0.9"],
+            sorted(draw.sample(range(1, 21), 2)),
+        )
         for name in KILLED
     }
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -88,7 +93,7 @@ def outcome(summary):
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_resumes_to_the_uninterrupted_one_bitwise(killed, tmp_path, name):
-    config = tiny(f"method={name}", "augment=true")
+    config = tiny(f"method={name}", "augment=true", "average=0.9")
     folder = killed[name]
     assert not (folder / "summary.json").exists()
     resumed = run(config, folder)
@@ -96,6 +101,23 @@ def test_a_killed_run_resumes_to_the_uninterrupted_one_bitwise(killed, tmp_path,
     assert (folder / "history.csv").read_bytes() == (tmp_path / "history.csv").read_bytes()
     assert_same(weights(folder, config), weights(tmp_path, config))
     assert outcome(resumed) == outcome(straight)
+
+
+def test_an_average_of_the_weights_is_evaluated_and_shipped(tmp_path):
+    config = tiny("method=strict", "average=0.8", "eval_every=20")
+    summary = run(config, tmp_path / "averaged")
+    plain = run(tiny("method=strict", "eval_every=20"), tmp_path / "plain")
+    task = build_task(config)
+    method = METHOD_CLASSES["strict"](config, build_model(config, task), task)
+    average, batches = {}, training_batches(config, task)
+    for step in range(1, 21):
+        method.step(next(batches)[1])
+        decay = min(0.8, (1 + step) / (10 + step))
+        for key, value in method.model.state_dict().items():
+            average[key] = decay * average.get(key, value) + (1 - decay) * value
+    method.model.load_state_dict(average)
+    assert summary["valid_shipped"] == pytest.approx(task.evaluate(method.model, "valid")["mse"], rel=1e-5)
+    assert summary["valid_shipped"] != plain["valid_shipped"]
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(tmp_path):

@@ -89,6 +89,7 @@ class Method(ABC):
             layers=lambda path, module: type(module).__name__ in layers,
             example=self.task.example(),
             term=getattr(self.config.method, "term", "linear"),
+            rank=getattr(self.config.method, "rank", None),
             normalize=getattr(self.config.method, "normalize", False),
         )
 

@@ -30,7 +30,7 @@ class Ace(Method):
 
     def form(self) -> dict[str, Any]:
         """Return the further arguments of the optimizer."""
-        return {}
+        return {"polish": getattr(self.config.method, "polish", 0.2)}
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         return self.optimizer.roll(batch)
