@@ -82,3 +82,45 @@ def test_model_is_equivariant_and_its_entry_describes_its_layers(float64):
         term = layer.relaxation.term
         assert term.map.in_features == o3.Irreps(entry.read_types(layer)).dim
         assert term.map.out_features == o3.Irreps(entry.write_types(layer)).dim
+
+
+KEPT = {
+    "direction": {"rotations about the axis", "mirror along the axis"},
+    "mirror": {"rotations", "rotations about the axis"},
+    "cube": {"inversion", "quarter turns about the axis", "mirror along the axis"},
+}
+
+
+@pytest.mark.parametrize("axis", [(0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (1.0, -2.0, 0.5)])
+@pytest.mark.parametrize("kind", KEPT)
+def test_each_kind_of_break_keeps_what_it_says(kind, axis):
+    task = Broken(strength=1.0, noise=0.0, kind=kind, axis=axis, **SIZES)
+    groups = {
+        "rotations": ace.SO3(),
+        "rotations about the axis": ace.SO2(axis),
+        "mirror along the axis": ace.Dihedral(1, axis),
+        "inversion": ace.Inversion(),
+        "quarter turns about the axis": ace.Cyclic(4, axis),
+    }
+    breaks = {name: break_under(task, group.sample(8)) for name, group in groups.items()}
+    kept = {name for name, size in breaks.items() if size < 1e-5}
+    assert kept == KEPT[kind] | ({"quarter turns about the axis"} if kind != "cube" else set())
+    assert all(size > 0.05 for name, size in breaks.items() if name not in kept)
+
+
+def test_the_cube_has_its_edges_along_the_axes():
+    task = Broken(strength=1.0, noise=0.0, kind="cube", **SIZES)
+    assert break_under(task, ace.Octahedral().sample(48)) < 1e-5
+
+
+def test_uneven_inputs_break_no_symmetry_of_the_law():
+    task = Broken(strength=0.0, noise=0.0, uneven=3.0, axis=(1.0, 0.0, 0.0), **{**SIZES, "train": 500})
+    mean = task.splits["train"].pos.mean((0, 1))
+    assert torch.allclose(mean, torch.tensor([3.0, 0.0, 0.0]), atol=0.15)
+    assert break_under(task, ace.O3().sample(8)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"kind": "spiral"}, {"axis": (0.0, 0.0, 0.0)}])
+def test_kinds_and_axes_that_do_not_exist_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Broken(**{**SIZES, **options})

@@ -1,14 +1,15 @@
-"""Synthetic data whose symmetry is broken by a known amount, at a known depth, along a known axis."""
+"""Synthetic data whose symmetry is broken by a known amount, at a known depth, in a known way."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ace.errors import ConfigError
-from ace.groups import O3
+from ace.groups import O3, _frame
 from benchmarks.models.vector import VectorNet
 from benchmarks.tasks.base import Samples, Task
 
@@ -16,14 +17,23 @@ VECTORS = 4
 LAYERS = 3
 DIRECTION = torch.tensor([0.0, 0.0, 1.0])
 
+Kind = Literal["direction", "mirror", "cube"]
+
 
 class Broken(Task):
-    r"""Lists of normally distributed vectors, mapped by a random vector network that has a preferred direction.
+    r"""Lists of normally distributed vectors, mapped by a random vector network whose symmetry is broken.
 
-    After layer k the teacher adds :math:`s\,a_c\,\hat z` to channel c, with a random amplitude :math:`a_c` of unit
-    variance. With s = 0 the data have the symmetry O(3) of the model; otherwise that of rotations about z and of
-    mirrors that contain z. The amplitude is in the reach of a term beside layer k, and what it becomes further on in
-    the reach of the terms there.
+    After layer k the teacher adds :math:`s\,a_c\,b_c(x)` to channel c, with a random amplitude :math:`a_c` of unit
+    variance. With s = 0 the data have the symmetry O(3) of the model. Otherwise the ``kind`` decides:
+
+    - ``"direction"``: :math:`b_c = \hat n`, the axis. Rotations about it and mirrors that contain it are kept.
+    - ``"mirror"``: :math:`b_c = x_c \times x_{c-1} / \lVert x_{c-1} \rVert`, an axial vector. Rotations are kept, and
+      no reflection.
+    - ``"cube"``: :math:`b_{ci} = x_{ci}^3 / \lVert x_c \rVert^2`, component by component. The 48 symmetries of a cube
+      with an edge along the axis (and, with the default axis, edges along x, y and z) are kept.
+
+    The amplitude is in the reach of a term beside layer k, and what it becomes further on in the reach of the terms
+    there.
 
     Args:
         strength: Strength s of the break.
@@ -33,9 +43,14 @@ class Broken(Task):
         valid: Number of validation samples.
         test: Number of test samples.
         seed: Seed of teacher and data.
+        kind: What the break keeps, see above.
+        axis: Direction n of the axis, any length.
+        uneven: Mean of the inputs, along the axis. It breaks no symmetry of the law from inputs to targets; the
+            inputs are then not the same from all sides.
 
     Raises:
-        ConfigError: A size below 1, a negative strength or noise, or a layer that does not exist.
+        ConfigError: A size below 1, a negative strength or noise, a layer or a kind that does not exist, or an axis
+            that is no direction.
     """
 
     input_types: ClassVar[dict[str, str]] = {**Task.input_types, "pos": "vector"}
@@ -50,12 +65,19 @@ class Broken(Task):
         valid: int = 2000,
         test: int = 2000,
         seed: int = 0,
+        kind: Kind = "direction",
+        axis: tuple[float, float, float] = (0.0, 0.0, 1.0),
+        uneven: float = 0.0,
     ) -> None:
         sizes = {"train": train, "valid": valid, "test": test}
         wrong = [f"{name}={size}: needs at least one sample" for name, size in sizes.items() if size < 1]
         wrong += [f"{name}={x}: is at least 0" for name, x in (("strength", strength), ("noise", noise)) if x < 0]
         if layer not in range(LAYERS):
             wrong.append(f"layer={layer}: is one of {list(range(LAYERS))}")
+        if kind not in get_args(Kind):
+            wrong.append(f"kind={kind!r}: is one of {list(get_args(Kind))}")
+        if not 0 < math.hypot(*axis) < math.inf:
+            wrong.append(f"axis={axis}: is no direction")
         if wrong:
             raise ConfigError("broken task: " + "; ".join(wrong))
         self.name = "broken"
@@ -64,11 +86,14 @@ class Broken(Task):
             torch.manual_seed(seed)
             self.teacher = VectorNet(0, 0, vectors=VECTORS, layers=LAYERS)
             amplitude = torch.randn(self.teacher.layers[0].channels_out, 1)
-            self.offset = strength * amplitude * DIRECTION
+            self.kind = kind
+            self.frame = _frame(axis).float()  # columns, the axis last
+            self.amplitude = strength * amplitude
+            self.offset = self.amplitude * self.frame[:, 2]
             self.layer = layer
             splits = {}
             for name, size in sizes.items():
-                x = torch.randn(size, VECTORS, 3)
+                x = torch.randn(size, VECTORS, 3) + uneven * self.frame[:, 2]
                 y = self.clean(x)
                 splits[name] = _samples(x, y + noise * torch.randn_like(y))
         super().__init__(torch.empty(2, 0, dtype=torch.long), splits)
@@ -79,9 +104,19 @@ class Broken(Task):
         for depth, layer in enumerate(self.teacher.layers):
             x = layer(x)
             if depth == self.layer:
-                x = x + self.offset
+                x = x + self.added(x)
         result: Tensor = self.teacher.readout(x)
         return result
+
+    def added(self, x: Tensor) -> Tensor:
+        """Return what is added to the hidden vectors x of shape (S, channels, 3)."""
+        if self.kind == "direction":
+            return self.offset
+        if self.kind == "mirror":
+            other = x.roll(1, dims=1)
+            return self.amplitude * torch.linalg.cross(x, other / other.norm(dim=-1, keepdim=True))
+        along = x @ self.frame
+        return self.amplitude * (along**3 / along.square().sum(-1, keepdim=True)) @ self.frame.T
 
 
 def _samples(x: Tensor, y: Tensor) -> Samples:
