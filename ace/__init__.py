@@ -2,6 +2,7 @@
 
 from ace import checkpoint
 from ace.constraints import Bounded, EquivarianceError, Exact, Resilient
+from ace.diagnosis import Diagnosis, diagnose
 from ace.groups import (
     E3,
     O3,
@@ -39,6 +40,7 @@ __all__ = [
     "SO3",
     "Bounded",
     "Cyclic",
+    "Diagnosis",
     "Dihedral",
     "EquivarianceError",
     "ErrorReport",
@@ -56,6 +58,7 @@ __all__ = [
     "Translations",
     "base_state_dict",
     "checkpoint",
+    "diagnose",
     "equivariance_error",
     "lie_derivative",
     "load_base_state_dict",

@@ -241,6 +241,33 @@ def plot(
 
 
 @_command
+def diagnose(
+    task: Annotated[str, typer.Argument(help="Name of a task (see ace tasks), or a YAML file.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind, strict and resilient.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder; default results/diagnosis/TASK-MODEL.")] = None,
+) -> None:
+    """Say where the data break the symmetry: layers, transformations, and what strict equivariance costs.
+
+    Writes diagnosis.json and diagnosis.png; the same command goes on after the last seed that is done.
+
+    [bold]Example:[/bold]  ace diagnose broken task.strength=0.3 steps=1500 --seeds 3 --out diagnosis
+    """
+    config = _benchmarks("config").load_run(task, overrides or ())
+    name = f"{config.task.name}-{config.model.name}"
+    folder = out or Path("results/diagnosis") / name
+    with _progress() as progress:
+        bar = progress.add_task(name, total=2 * seeds * config.steps)
+        diagnosis = _benchmarks("diagnose").diagnose(
+            config, seeds, folder, lambda step: progress.update(bar, completed=step)
+        )
+    print(diagnosis)
+    diagnosis.save(folder / "diagnosis.json")
+    diagnosis.plot(folder / "diagnosis.png")
+    print(f"\n{folder / 'diagnosis.json'}\n{folder / 'diagnosis.png'}")
+
+
+@_command
 def data(
     name: Annotated[str, typer.Argument(help="Which data: mocap.")],
 ) -> None:

@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +224,7 @@ def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None
         ...     history.log(step, loss=1 / step)
         >>> plot_trajectories(history.frame(), tempfile.mkdtemp() + "/trajectories.png")
     """
-    path = Path(path)
-    formats = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise AceError(f"{path}: the suffix must name an image format: {', '.join(sorted(formats))}")
+    path = _image_path(path)
     _check_one(frame, "task", "model", "method")
     held = set(frame["quantity"].unique())
     layered = [quantity for quantity in _LABELS if quantity in held]
@@ -259,6 +256,60 @@ def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None
         image = io.BytesIO()
         figure.savefig(image, format=path.suffix[1:])
     replace_file(path, image.getvalue())
+
+
+def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Save a figure of a diagnosis: relaxed layers, Lie derivative by axis, what each group costs.
+
+    Args:
+        diagnosis: What ``Diagnosis.save`` writes as JSON.
+        path: The image file, in a folder that exists; its suffix decides the format.
+
+    Raises:
+        AceError: The format is unknown.
+        NotWritten: The file cannot be written.
+    """
+    path = _image_path(path)
+    colours = {"broken": _COLOURS[1], "kept": _COLOURS[2], "undecided": "0.6"}
+    with mpl.rc_context(_STYLE):
+        height = max(2.8, 1.0 + 0.24 * max(len(diagnosis["findings"]), len(diagnosis["layers"])))
+        figure = Figure(figsize=(12.5, height), layout="constrained")
+        layers, axes, groups = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+        names = list(diagnosis["layers"])
+        for place, name in enumerate(names):
+            values = diagnosis["layers"][name]
+            layers.plot(values, [place] * len(values), "o", color=_COLOURS[0], alpha=0.4, markersize=4)
+            layers.plot(np.mean(values), place, "|", color=_COLOURS[0], markersize=14, markeredgewidth=2)
+        layers.set_yticks(range(len(names)), _short(names))
+        layers.set(xlim=(0, None), ylim=(len(names) - 0.5, -0.5), xlabel="|γ| of the resilient model")
+
+        gram = np.array(diagnosis["rotations"])
+        sizes = np.sqrt(np.clip([*np.diag(gram), *np.linalg.eigvalsh(gram)], 0, None))
+        found = ["(found axis)" if diagnosis["axis"] else "least", "middle", "most"]
+        axes.bar(["x", "y", "z", *found], sizes, color=[_COLOURS[0]] * 3 + [_COLOURS[4]] * 3)
+        axes.tick_params(axis="x", rotation=30)
+        axes.set_ylabel("relative Lie derivative about the axis")
+
+        for place, finding in enumerate(diagnosis["findings"]):
+            groups.barh(place, 100 * finding["excess"], color=colours[finding["verdict"]])
+        groups.set_yticks(range(len(diagnosis["findings"])), [finding["name"] for finding in diagnosis["findings"]])
+        groups.set(
+            ylim=(len(diagnosis["findings"]) - 0.5, -0.5), xlabel="excess error of the best fit under the group, %"
+        )
+        groups.axvline(0, color="0.3", linewidth=0.8)
+        key = [Line2D([], [], color=colour, linewidth=5, label=verdict) for verdict, colour in colours.items()]
+        groups.legend(handles=key)
+        image = io.BytesIO()
+        figure.savefig(image, format=path.suffix[1:])
+    replace_file(path, image.getvalue())
+
+
+def _image_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise AceError(f"{path}: the suffix must name an image format: {', '.join(sorted(formats))}")
+    return path
 
 
 def _plot_layers(frame: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:

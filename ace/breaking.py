@@ -1,0 +1,338 @@
+r"""Which transformations do data break? A test on the residuals of an equivariant model.
+
+The data keep a group H if the law of the targets is equivariant, :math:`p(h y \mid h x) = p(y \mid x)`. Whether the
+inputs look the same from all sides is another question, and not asked. With f equivariant under the whole group and
+:math:`r = y - f(x)` on samples that f was not trained on, r has the symmetries of the data. For each subgroup H:
+
+1. :math:`g_H`, the best fit of r under H: ridge regression on polynomials of the vectors x and f(x), fitted to samples
+   moved by random elements of H; its predictions are pulled back and averaged over elements.
+2. :math:`a = g_K - P_H g_K`, a part that H forbids: the fit under another group K (or none), less its average over H.
+   Of all K, the one that promises most.
+3. The score of a sample, :math:`s = \langle r - g_H(x),\; a(x) \rangle`. If the data keep H, it is 0 in expectation
+   as soon as *either* the inputs are evenly spread under H (then a is orthogonal to all that is equivariant) *or* g_H
+   is all that can be known of r. If they break H, and a found something of it, it is positive: a t-test, one-sided.
+
+No sample is judged by a fit that it took part in, and no pair of samples counts twice: the second half of the samples
+comes in blocks, each tested on fits to the blocks before it. Large residuals are cut down by their norm, which changes
+no symmetry of their law, so outliers do not decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ace.errors import AceError
+from ace.groups import Element, Group
+from ace.symmetry import act_by_sample
+
+LEVEL = 0.05
+"""Share of data sets that keep the whole group and of which it is said that they do not."""
+BLOCKS = 8
+"""Blocks of samples; the second half is tested."""
+COPIES = 8
+"""Random elements of a group for each sample."""
+POOL = 240
+"""Elements drawn for a group; the samples share them. Every element of each finite group up to the cube's is there."""
+OUTLIER = 3.0
+"""Residuals longer than this many times the median are cut down to it."""
+MIXES = 16
+"""Random combinations of the vectors, of which the cubic features are made."""
+PENALTIES = tuple(10.0**power for power in range(-4, 5))
+"""Ridge penalties, in units of the features' mean squares; cross-validation chooses."""
+MARGIN = 0.05
+"""Where inputs are uneven, the least share by which the forbidden part must lower the error."""
+UNEVEN = 0.01
+"""Level of the test whether inputs are even."""
+ROUNDING = 1e-9
+"""Features, of order 1, that differ by less are the same."""
+FEWEST = 40
+"""With fewer samples nothing is said."""
+KEPT = 0.25
+"""A group counts as kept if it costs surely less than this share of what the whole group costs."""
+
+Verdict = Literal["broken", "kept", "undecided"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the data say about one group of transformations.
+
+    Attributes:
+        name: Name of the group.
+        verdict: ``"broken"``; ``"kept"``, if in addition it costs surely little; else ``"undecided"``.
+        p: Probability of evidence as strong as this if the data keep the group; adjusted for the number of groups
+            (Holm), the whole group's is not.
+        t: What p was computed from: a mean in units of its standard error.
+        error: Mean squared residual after the best fit under the group, relative to that before any fit.
+        excess: By which share ``error`` exceeds the error with the forbidden part added. Negative if that part only
+            adds noise.
+        even: Whether the inputs look the same from all sides, as far as this group goes.
+    """
+
+    name: str
+    verdict: Verdict
+    p: float
+    t: float
+    error: float
+    excess: float
+    even: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the test sees: one row for each node, or for each sample.
+
+    Attributes:
+        vectors: Vectors of the row, translations taken out, shape (N, k, 3).
+        origin: Where the row's sample is, shape (N, 3); None without positions.
+        residual: y - f(x), shape (N, ...).
+        kind: Type of the residual, see `ace.groups`.
+        index: Sample of each row, int64 of shape (N,), every sample from 0 on has a row.
+        slot: Place of the row in its sample, shape (N,), where all samples have as many; None else.
+    """
+
+    vectors: Tensor
+    origin: Tensor | None
+    residual: Tensor
+    kind: str
+    index: Tensor
+    slot: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.index.max()) + 1
+
+
+def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 0) -> list[Finding]:
+    """Test which groups the data keep: the whole one first, and only if it is broken the others.
+
+    Args:
+        rows: The residuals and what they may depend on.
+        group: The whole group, under which the model is equivariant.
+        subgroups: Subgroups by name. They are also the groups K under which a broken group's forbidden part is
+            sought, so the smaller the group that the data keep, the better it is to have it among them.
+        seed: Seed of the blocks and of the elements.
+
+    Returns:
+        The finding on the whole group and, if the data break it, those on the subgroups.
+
+    Raises:
+        AceError: Fewer than 40 samples.
+
+    Example:
+        >>> from ace.groups import O3, SO2, SO3
+        >>> random = torch.Generator().manual_seed(0)
+        >>> x, noise = torch.randn(2, 400, 1, 3, generator=random)
+        >>> blown = Rows(x, None, noise[:, 0] + torch.tensor([0.0, 0.0, 1.0]), "vector", torch.arange(400))
+        >>> found = judge(blown, O3(), {"rotations": SO3(), "rotations about z": SO2()})
+        >>> [(finding.name, finding.verdict) for finding in found]
+        [('O(3)', 'broken'), ('rotations', 'broken'), ('rotations about z', 'kept')]
+    """
+    if rows.samples < FEWEST:
+        raise AceError(
+            f"{rows.samples} samples to test on: at least {FEWEST} are needed, better a thousand. Graphs joined into "
+            "one batch are told apart by an integer input named 'batch', dense inputs by their first axis"
+        )
+    probe = _Probe(rows, seed)
+    whole = str(group)
+    common = probe.fit(group)
+    probe.residual = probe.residual - probe.average(group, [common])[0]
+    fits = {whole: [torch.zeros_like(weights) for weights in common]}  # of what is left, nothing is common
+    fits |= {name: probe.fit(subgroup) for name, subgroup in subgroups.items()}
+    nothing = probe.fit(None)
+
+    def test(name: str, of: Group) -> _Test:
+        return probe.test(of, fits[name], [fit for other, fit in fits.items() if other != name] + [nothing])
+
+    gate = test(whole, group)
+    if gate.p >= LEVEL:
+        return [Finding(whole, "kept", gate.p, gate.t, gate.error, gate.excess, gate.even)]
+    tests = {name: test(name, subgroup) for name, subgroup in subgroups.items()}
+    adjusted = {whole: gate.p} | _holm({name: of.p for name, of in tests.items()}, gate.p)
+    findings = []
+    for name, of in {whole: gate, **tests}.items():
+        verdict: Verdict = "undecided"
+        if adjusted[name] < LEVEL:
+            verdict = "broken"
+        elif of.most < KEPT * gate.mean:
+            verdict = "kept"
+        findings.append(Finding(name, verdict, adjusted[name], of.t, of.error, of.excess, of.even))
+    return findings
+
+
+def _holm(values: Mapping[str, float], gate: float) -> dict[str, float]:
+    """Adjust p-values for their number, and let none be below the gate's."""
+    largest, adjusted = gate, {}
+    for rank, name in enumerate(sorted(values, key=lambda name: values[name])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class _Test:
+    t: float
+    mean: float  # score
+    most: float  # upper end of its confidence interval
+    error: float
+    excess: float
+    even: bool
+
+    @property
+    def p(self) -> float:
+        return _tail(self.t)
+
+
+def _tail(t: float) -> float:
+    """Probability that a standard normal variable exceeds t."""
+    return 0.5 * math.erfc(t / math.sqrt(2))
+
+
+def _t_values(values: Tensor) -> Tensor:
+    """Means over the last axis in units of their standard errors; 0 where all values are the same."""
+    spread = values.std(-1) / math.sqrt(values.shape[-1])
+    return torch.where(spread > 0, values.mean(-1) / spread.clamp_min(1e-300), 0.0)
+
+
+_Fit = list[Tensor]
+"""Weights, (features, outputs), with which to predict each block."""
+_Move = Callable[[Tensor, str], Tensor]
+
+
+class _Probe:
+    """Fits of the residuals, and predictions of each block from the blocks before it.
+
+    Before the half of the blocks, where nothing is tested, each is predicted from the other blocks of that half.
+    """
+
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.rows, self.count = rows, rows.samples
+        self.block = (torch.randperm(self.count, generator=self.random) * BLOCKS // self.count)[rows.index]
+        self.residual = rows.residual.double()
+        size = self.by_sample(self.residual.square()).sqrt()
+        cut = (OUTLIER * size.median() / size.clamp_min(1e-300)).clamp(max=1.0)[rows.index]
+        self.residual = self.residual * cut.view(-1, *[1] * (self.residual.dim() - 1))
+        self.before = self.by_sample(self.residual.square())
+        self.vectors = [(rows.vectors.double(), "vector")]
+        if rows.origin is not None:
+            self.vectors.append((rows.origin.double()[:, None], "position"))
+        channels = torch.cat([vector for vector, _ in self.vectors], 1)
+        self.scale = channels.square().sum(-1).mean(0).sqrt().clamp_min(1e-300)[:, None]
+        mix = torch.randn(MIXES, channels.shape[1], generator=self.random, dtype=torch.float64)
+        self.mix = mix / mix.norm(dim=1, keepdim=True)
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """Sum the entries of each sample."""
+        return values.new_zeros(self.count).index_add(0, self.rows.index, values.flatten(1).sum(1))
+
+    def features(self, move: _Move) -> Tensor:
+        """Polynomials of the moved vectors: 1; linear; products of two; cubic in random combinations of them."""
+        v = torch.cat([move(vector, kind) for vector, kind in self.vectors], 1) / self.scale
+        v = v / (1 + v.square().sum(-1, keepdim=True) / OUTLIER**2).sqrt()
+        flat = v.flatten(1)
+        first, second = torch.triu_indices(flat.shape[1], flat.shape[1])
+        mixed = torch.einsum("mk,nka->nma", self.mix, v)
+        mixed = mixed / mixed.square().sum(-1, keepdim=True).clamp_min(1e-30) ** (1 / 3)  # cubes grow linearly
+        i, j, k = torch.combinations(torch.arange(3), 3, with_replacement=True).T
+        cubes = (mixed[..., i] * mixed[..., j] * mixed[..., k]).flatten(1)
+        parts = [torch.ones_like(flat[:, :1]), flat, flat[:, first] * flat[:, second], cubes]
+        if self.rows.slot is not None:
+            parts.append(torch.nn.functional.one_hot(self.rows.slot)[:, 1:].double())
+        return torch.cat(parts, 1)
+
+    def moves(self, group: Group | None, seed: int) -> Iterator[tuple[_Move, _Move]]:
+        """Yield, several times, functions that move each sample by an element of its own, and back."""
+        if group is None:
+            yield (lambda tensor, _: tensor), (lambda tensor, _: tensor)
+            return
+        pool = group.sample(POOL, seed)
+        inverse = [element.inverse() for element in pool]
+        for _ in range(COPIES):
+            drawn = torch.randint(POOL, (self.count,), generator=self.random).tolist()
+            yield self.mover([pool[i] for i in drawn]), self.mover([inverse[i] for i in drawn])
+
+    def mover(self, elements: list[Element]) -> _Move:
+        """Return the function that moves each sample by its element."""
+        return lambda tensor, kind: act_by_sample(elements, self.rows.index, tensor, kind)
+
+    def fit(self, group: Group | None) -> _Fit:
+        """Fit the residuals by ridge regression, on samples moved by elements of the group."""
+        grams: list[list[Tensor]] = [[torch.zeros(()), torch.zeros(())] for _ in range(BLOCKS)]
+        for move, _ in self.moves(group, 0):
+            x, y = self.features(move), move(self.residual, self.rows.kind).flatten(1)
+            for number, (square, product) in enumerate(grams):
+                here = self.block == number
+                grams[number] = [square + x[here].T @ x[here], product + x[here].T @ y[here]]
+        half = range(BLOCKS // 2)
+        paths = [_ridge(grams, [other for other in half if other != number], PENALTIES) for number in half]
+        errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
+        for path, (square, product) in zip(paths, grams, strict=False):
+            errors += torch.stack([((square @ w) * w).sum() - 2 * (w * product).sum() for w in path])
+        best = int(errors.argmin())
+        later = [_ridge(grams, range(number), [PENALTIES[best]])[0] for number in range(BLOCKS // 2, BLOCKS)]
+        return [path[best] for path in paths] + later
+
+    def predict(self, fits: list[_Fit], move: _Move, back: _Move) -> list[Tensor]:
+        """Predict the residuals of the moved samples, and move them back."""
+        x = self.features(move)
+        predictions = []
+        for fit in fits:
+            prediction = torch.empty_like(self.residual)
+            for number, weights in enumerate(fit):
+                here = self.block == number
+                prediction[here] = (x[here] @ weights).view_as(prediction[here])
+            predictions.append(back(prediction, self.rows.kind))
+        return predictions
+
+    def average(self, group: Group | None, fits: list[_Fit], seed: int = 0) -> list[Tensor]:
+        """Average predictions over elements of the group."""
+        copies = [self.predict(fits, *moves) for moves in self.moves(group, seed)]
+        return [torch.stack(of_fit).mean(0) for of_fit in zip(*copies, strict=True)]
+
+    def test(self, group: Group, fit: _Fit, others: list[_Fit]) -> _Test:
+        """Test whether something that the group forbids predicts what the best fit under it leaves."""
+        left = self.residual - self.average(group, [fit])[0]
+        plain, averaged = self.average(None, others), self.average(group, others, seed=1)  # other elements than above
+        forbidden = [here - mean for here, mean in zip(plain, averaged, strict=True)]
+        late = self.by_sample((self.block[:, None] >= BLOCKS // 2).double()) > 0
+        scores = torch.stack([self.by_sample(left * part) for part in forbidden])
+        best = int(_t_values(scores[:, ~late]).argmax())
+        score, error = scores[best, late], self.by_sample(left.square())[late]
+        without = self.by_sample((left - forbidden[best]).square())[late]
+        even = self.is_even(group)
+        return _Test(
+            t=float(_t_values(score if even else error - without - MARGIN * error)),
+            mean=float(score.mean()),
+            most=float(score.mean() + 1.645 * score.std() / math.sqrt(len(score))),
+            error=float(error.sum() / self.before[late].sum()),
+            excess=float(error.sum() / without.sum()) - 1,
+            even=even,
+        )
+
+    def is_even(self, group: Group) -> bool:
+        """Whether no feature's mean differs from that over moved samples."""
+        moved = torch.stack([self.features(move) for move, _ in self.moves(group, seed=2)]).mean(0)
+        difference = self.features(lambda tensor, _: tensor) - moved
+        difference[difference.abs() < ROUNDING] = 0.0
+        mean = difference.new_zeros(self.count, difference.shape[1]).index_add(0, self.rows.index, difference)
+        largest = float(_t_values(mean.T).abs().max())
+        return 2 * mean.shape[1] * _tail(largest) > UNEVEN
+
+
+def _ridge(grams: list[list[Tensor]], blocks: Iterable[int], penalties: Iterable[float]) -> list[Tensor]:
+    """Solve ridge regression on some blocks, for each penalty."""
+    chosen = list(blocks)
+    square = torch.stack([grams[number][0] for number in chosen]).sum(0)
+    product = torch.stack([grams[number][1] for number in chosen]).sum(0)
+    unit = square.diagonal().clamp_min(1e-300).sqrt()[:, None]
+    values, axes = torch.linalg.eigh(square / unit / unit.T)
+    inside = axes.T @ (product / unit)
+    return [axes @ (inside / (values.clamp_min(0) + penalty)[:, None]) / unit for penalty in penalties]
