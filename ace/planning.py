@@ -16,7 +16,7 @@ from ace.calls import tensors_in
 from ace.errors import AceError, LayerNotCalled, NoLayerMatched, NotAttachable
 from ace.generic import generic_term
 from ace.inputs import moved_example, parameter_names, positions_of, unused_names
-from ace.probing import is_inert, record, unreached
+from ace.probing import is_inert, is_scripted, record, unreached
 from ace.terms import (
     Call,
     Make,
@@ -25,6 +25,7 @@ from ace.terms import (
     Select,
     Site,
     is_default,
+    load_hosts,
     registered_factory,
     registered_types,
     select_argument,
@@ -49,11 +50,13 @@ class Plan:
 
     Attributes:
         terms: The terms by the path of their layer, in module order.
+        gammas: A 1 for each, of the dtype and on the device of its layer: γ at the start, shape (1,).
         strict: Layers that could have had a term but stay strict, with the reason.
         positions: Where the positions are captured, if some term reads them.
     """
 
     terms: dict[str, nn.Module]
+    gammas: dict[str, Tensor]
     strict: dict[str, str] = field(default_factory=dict)
     positions: Positions | None = None
 
@@ -87,18 +90,19 @@ def plan(
         LayerNotCalled: The example does not run some of them.
         AceError: ``inputs`` names no input.
     """
+    load_hosts()  # the rules also tell what an example holds, and how it moves
     if example is not None and (unknown := unused_names(model, example, inputs)):
         raise AceError(f"inputs= names {', '.join(map(repr, unknown))}, which the example does not have")
-    if layers is None and _is_scripted(model):
+    if layers is None and is_scripted(model):
         raise NotAttachable(
             "the model is scripted and takes no hooks: relax it before scripting, restore it, then script"
         )
-    chosen = _choose(model, layers, exclude)
-    watched = chosen if layers is not None else _visible(model)
-    trial = _Trial(model, watched, example, make, positions, inputs)
-    if layers is not None:
-        return trial.plan(_explicit(chosen, trial, example))
-    if example is None:
+    spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
+    if layers is not None or example is None:
+        chosen = _choose(model, layers, exclude, spared)
+        trial = _Trial(model, chosen, example, make, positions, inputs)
+        if layers is not None:
+            return trial.plan(_explicit(chosen, trial, example))
         whole = _without_parts(chosen)
         if not whole:
             names = ", ".join(sorted(kind.__name__ for kind in registered_types()))
@@ -107,10 +111,10 @@ def plan(
                 "nothing else can be tried: pass example=batch"
             )
         return trial.plan(_explicit(whole, trial, example))
-    spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
+    trial = _Trial(model, _visible(model), example, make, positions, inputs)
     found = _registered(model, trial, spared) or _outermost(model, trial, spared)
     for path, module in trial.layers.items():
-        if _is_scripted(module) and next(module.parameters(), None) is not None:
+        if is_scripted(module) and next(module.parameters(), None) is not None:
             trial.strict.setdefault(path, trial.attempt(path) or "")
     if not found:
         raise NoLayerMatched(_nothing_found(trial))
@@ -136,6 +140,7 @@ class _Trial:
         self.spare: Positions | None = None  # those that terms beside invariant layers get
         self.elsewhere: Tensor | None = None  # the positions of the transformed example
         self.terms: dict[str, nn.Module] = {}
+        self.gammas: dict[str, Tensor] = {}
         self.strict: dict[str, str] = {}
         self.rows: tuple[int, ...] = ()
         if example is None:
@@ -164,7 +169,7 @@ class _Trial:
     def attempt(self, path: str) -> str | None:
         """Try to make the term of a layer; return why there is none."""
         layer, seen, moved = self.layers[path], self.calls.get(path), self.moved.get(path)
-        if isinstance(layer, torch.jit.ScriptModule):
+        if is_scripted(layer):
             return f"a scripted module takes no hooks; {_instead(self.model, path)}"
         if hasattr(layer, NAME):
             return f"it has an attribute {NAME!r} of its own"
@@ -176,12 +181,12 @@ class _Trial:
                 term = factory(Site(path, layer, seen, self.make, positions, moved, self.rows))
             except NotAttachable as problem:
                 return str(problem)
-            target = like(layer, self.model, seen)
-            term = term.to(dtype=target.dtype, device=target.device).eval()
+            gamma = like(layer, self.model, seen).new_ones(1)
+            term = term.to(dtype=gamma.dtype, device=gamma.device).eval()
             reads = positions is not None and getattr(term, "positions", None) is not None
             where = (positions, self.elsewhere) if reads and positions and self.elsewhere is not None else None
             if seen is None or moved is None or not is_inert(term, seen, moved, where):
-                self.terms[path] = term
+                self.terms[path], self.gammas[path] = term, gamma
                 return None
         if self.rows:
             return f"{INVARIANT}, and its rows are not those of the positions"
@@ -210,12 +215,12 @@ class _Trial:
         reads = any(getattr(term, "positions", None) is not None for term in terms.values())
         captured = (self.given or self.spare) if reads else None
         strict = {path: self.strict[path] for path in self.layers if path in self.strict and path not in terms}
-        return Plan(terms, strict, captured)
+        return Plan(terms, {path: self.gammas[path] for path in terms}, strict, captured)
 
 
 def _explicit(chosen: Mapping[str, nn.Module], trial: _Trial, example: Any) -> list[str]:
     """Make the terms of the layers that the user chose, or refuse with all the reasons."""
-    scripted = [path for path, layer in chosen.items() if isinstance(layer, torch.jit.ScriptModule)]
+    scripted = [path for path, layer in chosen.items() if is_scripted(layer)]
     silent = [path for path in chosen if path not in trial.calls and path not in scripted]
     if example is not None and silent:
         raise LayerNotCalled(not_called(silent))
@@ -245,7 +250,7 @@ def _registered(model: nn.Module, trial: _Trial, spared: Callable[[str, nn.Modul
             if not is_default(module):
                 trial.strict[path] = f"a {type(module).__name__} gets a term only if layers= names it"
                 return
-            problem = trial.attempt(path) if path in trial.calls or _is_scripted(module) else _SILENT
+            problem = trial.attempt(path) if path in trial.calls or is_scripted(module) else _SILENT
             if problem is None:
                 fits.append(path)
                 return
@@ -255,7 +260,6 @@ def _registered(model: nn.Module, trial: _Trial, spared: Callable[[str, nn.Modul
             if inner in trial.layers:
                 visit(inner, child)
 
-    registered_types()  # loads the rules of the libraries that are imported
     visit("", model)
     fits = trial.reached(fits)
     nodes = [path for path in fits if trial.on_nodes(path)]
@@ -345,7 +349,7 @@ def not_called(paths: list[str]) -> str:
 
 def _visible(model: nn.Module) -> dict[str, nn.Module]:
     """All modules but the insides of generated ones, which are no layers."""
-    closed = [p for p, m in model.named_modules() if isinstance(m, torch.fx.GraphModule) or _is_scripted(m)]
+    closed = [p for p, m in model.named_modules() if isinstance(m, torch.fx.GraphModule) or is_scripted(m)]
     return {
         path: module
         for path, module in model.named_modules()
@@ -363,11 +367,12 @@ def _without_parts(chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {path: layer for path, layer in whole.items() if is_default(layer)}
 
 
-def _choose(model: nn.Module, layers: Layers | None, exclude: Layers | None) -> dict[str, nn.Module]:
+def _choose(
+    model: nn.Module, layers: Layers | None, exclude: Layers | None, spared: Callable[[str, nn.Module], bool]
+) -> dict[str, nn.Module]:
     """Return the layers that the user's choice matches; of the registered types if there is none."""
     known = registered_types()
     picks = _matcher(known if layers is None else layers, "layers")
-    spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
     chosen = {
         path: module for path, module in model.named_modules() if picks(path, module) and not spared(path, module)
     }
@@ -418,17 +423,13 @@ def _matcher(layers: Layers, argument: str) -> Callable[[str, nn.Module], bool]:
     return layers
 
 
-def _is_scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
-
-
 def _instead(model: nn.Module, path: str) -> str:
     """Name the nearest module around a scripted one to which a term can be attached."""
     modules = dict(model.named_modules())
     outer = path
-    while outer and _is_scripted(modules[outer]):
+    while outer and is_scripted(modules[outer]):
         outer = outer.rpartition(".")[0]
-    if _is_scripted(modules[outer]):
+    if is_scripted(modules[outer]):
         return "relax the model before scripting it"
     return (
         f"relax before scripting, or attach to {outer or 'the whole model'} ({type(modules[outer]).__name__}) around it"

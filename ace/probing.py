@@ -28,7 +28,7 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> d
     calls: dict[str, Call] = {}
     handles = []
     for path, layer in layers.items():
-        if isinstance(layer, torch.jit.ScriptModule):
+        if is_scripted(layer):
             continue
 
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
@@ -150,6 +150,11 @@ def unreached(
         nodes |= new
         waiting.extend(new)
     return [path for path, strength in strengths.items() if id(strength) not in leaves]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module was compiled to TorchScript: it takes no hooks."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _rows(value: Tensor) -> Tensor:

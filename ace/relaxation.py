@@ -187,11 +187,7 @@ def relax(
     strict = {path: (type(modules[path]).__name__, reason) for path, reason in planned.strict.items()}
     for path, term_ in planned.terms.items():
         layer = modules[path]
-        sample = next((p for p in term_.parameters() if p.is_floating_point()), None)
-        gamma = torch.ones(
-            1, dtype=None if sample is None else sample.dtype, device=None if sample is None else sample.device
-        )
-        relaxation = Relaxation(path, term_, gamma, normalize)
+        relaxation = Relaxation(path, term_, planned.gammas[path], normalize)
         relaxation.strict = strict
         relaxation.train(layer.training)
         layer.add_module(NAME, relaxation)

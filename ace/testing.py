@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import ace
 from ace.calls import call, map_tensors, tensors_in
 from ace.errors import ConstraintNotMet
-from ace.probing import evaluating
+from ace.probing import evaluating, is_scripted
 from ace.relaxation import Relaxation, base_state_dict, relax, relaxations, restore
 from ace.terms import START
 
@@ -837,7 +837,7 @@ def _anatomy(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         found[path] = {"class": type(module), "training": module.training}
-        if not isinstance(module, torch.jit.ScriptModule):  # compiled: nothing can be added to it
+        if not is_scripted(module):  # compiled: nothing can be added to it
             found[path] |= {
                 "attributes": sorted(vars(module)),
                 "children": list(module._modules),

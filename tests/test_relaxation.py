@@ -524,6 +524,13 @@ def test_copies_capture_their_own_positions(copying):
     assert twin.relaxation_positions is not relaxed.relaxation_positions
 
 
+def test_strength_has_the_dtype_of_its_layer_whatever_the_term():
+    model = nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 2).double())
+    relaxed = ace.relax(model, layers=nn.Linear, term=lambda features_in, features_out: nn.Softmax(-1), exclude="1")
+    assert [r.gamma.dtype for r in ace.relaxations(relaxed).values()] == [torch.float64]
+    assert relaxed(torch.randn(3, 4).double()).dtype == torch.float64
+
+
 def test_positions_name_no_tensor():
     with pytest.raises(AceError, match=r"positions='where' names no tensor"):
         ace.relax(Invariants(), layers=nn.Linear, example=torch.randn(5, 3), positions="where")
