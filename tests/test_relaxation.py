@@ -526,9 +526,10 @@ def test_copies_capture_their_own_positions(copying):
 
 def test_strength_has_the_dtype_of_its_layer_whatever_the_term():
     model = nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 2).double())
-    relaxed = ace.relax(model, layers=nn.Linear, term=lambda features_in, features_out: nn.Softmax(-1), exclude="1")
+    x = torch.randn(3, 4).double()
+    relaxed = ace.relax(model, layers="0", example=x, term=lambda features_in, features_out: nn.Softmax(-1))
     assert [r.gamma.dtype for r in ace.relaxations(relaxed).values()] == [torch.float64]
-    assert relaxed(torch.randn(3, 4).double()).dtype == torch.float64
+    assert relaxed(x).dtype == torch.float64
 
 
 def test_positions_name_no_tensor():
