@@ -75,6 +75,7 @@ class Problem(ConstrainedMinimizationProblem):
         names: What is constrained: the paths of the layers, or the names of the groups.
         multiplier: The multipliers λ, shape (names,), once posed.
         slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
+        step: Number of updates done.
 
     Raises:
         NotRelaxed: The model carries no relaxation terms.
@@ -387,7 +388,6 @@ class PrimalDual(ConstrainedOptimizer):
         self.accumulate = accumulate
         self.scaler = scaler
         self.max_skipped = max_skipped
-        self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._micro_step = 0
@@ -456,7 +456,6 @@ class PrimalDual(ConstrainedOptimizer):
             As ``roll``.
         """
         first, last = self._micro_step == 0, self._micro_step == self.accumulate - 1
-        self.cmp.step = self.step
         if first:
             self.zero_grad()
             self._before = None
@@ -485,7 +484,7 @@ class PrimalDual(ConstrainedOptimizer):
             if not self._dual_first:
                 self.dual_step()
             self.primal_step()
-            self.step += 1
+            self.cmp.step += 1
             self._skipped_in_a_row = 0
         return self._report(RollOut(loss.detach(), state, primal, dual), skipped=False)
 
@@ -526,6 +525,11 @@ class PrimalDual(ConstrainedOptimizer):
             self.scaler.update()
         if self.cmp.form == "proximal":
             self._finish_constraints()
+
+    @property
+    def step(self) -> int:
+        """Number of updates done."""
+        return self.cmp.step
 
     @property
     def _proximal(self) -> ProximalGradient:
@@ -639,7 +643,7 @@ class PrimalDual(ConstrainedOptimizer):
         super().load_state_dict(state["optimizers"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.cmp.step, self.skipped = state["step"], state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._micro_step = 0
         with torch.no_grad():
