@@ -1,6 +1,8 @@
 """ace: train equivariant models through a relaxation that dual ascent removes."""
 
 from ace import checkpoint
+from ace.certificate import Certificate, load_certificate
+from ace.certification import certify
 from ace.constraints import Bounded, EquivarianceError, Exact, Resilient
 from ace.diagnosis import Diagnosis, diagnose
 from ace.groups import (
@@ -39,6 +41,7 @@ __all__ = [
     "SO2",
     "SO3",
     "Bounded",
+    "Certificate",
     "Cyclic",
     "Diagnosis",
     "Dihedral",
@@ -57,11 +60,13 @@ __all__ = [
     "Tilts",
     "Translations",
     "base_state_dict",
+    "certify",
     "checkpoint",
     "diagnose",
     "equivariance_error",
     "lie_derivative",
     "load_base_state_dict",
+    "load_certificate",
     "projection_gap",
     "register_term",
     "relax",

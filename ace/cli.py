@@ -241,6 +241,37 @@ def plot(
 
 
 @_command
+def certify(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run that is done.")],
+    elements: Annotated[int, typer.Option(min=1, help="Random elements of each sample.")] = 8,
+    confidence: Annotated[float, typer.Option(help="Of the intervals, between 0 and 1.")] = 0.95,
+) -> None:
+    """Certify the model that a run shipped, on the test split: equivariance error, intervals, bounds.
+
+    The certificate is printed, and written into the folder as certificate.json.
+
+    [bold]Example:[/bold]  ace certify results/quick/broken-vector/ace/seed0-1a2b3c4d
+    """
+    import torch
+
+    from ace.certification import certify as certify_model
+
+    model, task = _benchmarks("train").shipped_model(folder)
+    with torch.no_grad():
+        certificate = certify_model(
+            model,
+            (batch.inputs for batch in task.batches("test", 100)),
+            task.group,
+            inputs=task.input_types,
+            outputs=task.output_type,
+            elements=elements,
+            confidence=confidence,
+            path=folder / "certificate.json",
+        )
+    print(certificate)
+
+
+@_command
 def diagnose(
     task: Annotated[str, typer.Argument(help="Name of a task (see ace tasks), or a YAML file.")],
     overrides: Overrides = None,

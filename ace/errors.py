@@ -43,6 +43,10 @@ class CheckpointMismatch(AceError):
     """A checkpoint belongs to another model or to another configuration, or is damaged."""
 
 
+class CertificateMismatch(AceError):
+    """A certificate was made for another model or for other weights; the message says what differs."""
+
+
 class DataError(AceError):
     """A data file is missing, truncated or altered; the message says how to get it."""
 
