@@ -199,6 +199,10 @@ def _one_of(part: str) -> Any:
     return Annotated[reduce(or_, CHOICES[part].values()), Field(discriminator="name")]
 
 
+BY_IRREPS = ("cr", "cr-norm", "projection")
+"""Methods that regularise maps between representations which the model's entry must name."""
+
+
 class RunConfig(_Frozen):
     """One run: a task, a model, a method, a seed, and how to train.
 
@@ -244,6 +248,11 @@ class RunConfig(_Frozen):
         models = TASKS[self.task.name].models
         if self.model.name not in models:
             raise ValueError(f"model {self.model.name!r} does not run on {self.task.name} ({', '.join(models)} do)")
+        if self.method.name in BY_IRREPS and MODELS[self.model.name].read_types is None:
+            raise ValueError(
+                f"method {self.method.name!r} does not apply to model {self.model.name!r}: it regularises maps between "
+                "e3nn irreps, which the features of its layers are not"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:

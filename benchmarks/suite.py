@@ -57,12 +57,13 @@ def prepare(suite: Suite, out: Path) -> tuple[list[RunConfig], list[str]]:
         out: Its folder.
 
     Returns:
-        The runs whose data are there, and for each task left out the reason.
+        The runs whose data and models are there, and for each task and model left out the reason.
 
     Raises:
-        DataError: The data of runs that are not optional are missing; all reasons are listed.
+        DataError: The data or the package of runs that are not optional are missing; all reasons are listed.
         ConfigError: The folder holds runs of the same names under another configuration.
     """
+    from benchmarks.models import MODELS
     from benchmarks.train import build_task
 
     _refuse_mixture(suite.runs, out)
@@ -77,9 +78,13 @@ def prepare(suite: Suite, out: Path) -> tuple[list[RunConfig], list[str]]:
         except DataError as error:
             reasons[task.name] = str(error)
             needed |= any(run.hash not in suite.optional for run in users)
+    for name in dict.fromkeys(run.model.name for run in suite.runs):
+        if not MODELS[name].installed:
+            reasons[name] = f"its package {MODELS[name].package} is not installed"
+            needed |= any(run.hash not in suite.optional for run in suite.runs if run.model.name == name)
     if needed:
-        raise DataError("\n".join(reasons.values()))
-    left = [run for run in suite.runs if run.task.name not in reasons]
+        raise DataError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    left = [run for run in suite.runs if not {run.task.name, run.model.name} & reasons.keys()]
     return left, [f"{name} left out: {reason}" for name, reason in reasons.items()]
 
 

@@ -121,15 +121,18 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     """Make the model of a run; its weights depend on the seed only, not on the method.
 
     Raises:
-        ConfigError: An option was set that follows from the data.
+        ConfigError: An option was set that follows from the data, or the model's package is not installed.
     """
+    entry = MODELS[config.model.name]
+    if not entry.installed:
+        raise ConfigError(f"model {config.model.name!r} comes from the package {entry.package}, which is not installed")
     options = config.model.model_dump(exclude={"name"})
     decided = task.model_options(config.model.name)
     wrong = [f"model.{key} is {options[key]}" for key in decided if options.get(key, decided[key]) != decided[key]]
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}: leave it out, it follows from the data of {task.name}: {decided}")
     torch.manual_seed(config.seed)
-    return MODELS[config.model.name].build(**{**options, **decided})
+    return entry.build(**{**options, **decided})
 
 
 def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[tuple[int, Batch]]:

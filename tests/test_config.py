@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from ace.errors import ConfigError
 from benchmarks.config import CHOICES, CONFIGS, RunConfig, find, load_run, load_suite, parse_words
+from benchmarks.models import MODELS
 from benchmarks.tasks import TASKS
 
 settings = st.fixed_dictionaries(
@@ -235,3 +237,26 @@ def test_every_configuration_of_the_repository_is_valid():
     assert {path.stem for path in (CONFIGS / "tasks").glob("*.yaml")} == set(TASKS)
     assert {path.stem for path in (CONFIGS / "methods").glob("*.yaml")} == set(CHOICES["method"])
     assert find("suites", "smoke").parent.name == "suites"
+
+
+@pytest.mark.parametrize("method", ["cr", "cr-norm", "projection"])
+def test_methods_that_need_irreps_are_refused_where_a_model_has_none(method, monkeypatch):
+    monkeypatch.setitem(MODELS, "egnn", replace(MODELS["egnn"], read_types=None))
+    with pytest.raises(ConfigError, match=f"method '{method}' does not apply to model 'egnn'"):
+        load_run("nbody", [f"method={method}", "model=egnn"])
+    assert load_run("nbody", ["method=ace", "model=egnn"])
+
+
+def test_a_sweep_has_a_run_for_each_combination(tmp_path):
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "seeds: [0, 1]\n"
+        "grid: [{tasks: [nbody], models: [egnn], methods: [ace-tolerance], "
+        "sweep: {method.eps: [0.02, 0.05, 0.1], lr: [0.001, 0.01]}}]\n"
+    )
+    runs = load_suite(file).runs
+    found = [(run.seed, run.method.eps, run.lr) for run in runs]
+    assert sorted(found) == sorted((s, e, r) for s in (0, 1) for e in (0.02, 0.05, 0.1) for r in (0.001, 0.01))
+    file.write_text(file.read_text().replace("method.eps", "method.epsilon"))
+    with pytest.raises(ConfigError, match=r"method\.epsilon"):
+        load_suite(file)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,11 @@ from runs import ROOT, TINY, cache, tiny  # noqa: F401
 
 from ace import results
 from ace.errors import ConfigError, DataError
-from benchmarks.config import load_suite
+from benchmarks.config import load_run, load_suite
 from benchmarks.locks import is_locked, locked
+from benchmarks.models import MODELS
 from benchmarks.suite import prepare, run_suite, status
-from benchmarks.train import run
+from benchmarks.train import build_model, run
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -27,6 +29,22 @@ def suite(folder, *grid, **settings):
 
 def words(out):
     return dict(zip(*status(out)[["run", "status"]].T.to_numpy(), strict=True))
+
+
+def test_a_model_whose_package_is_missing_is_refused_or_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "suite.yaml"
+    sizes = "{task: {train: 4, valid: 4, test: 4}}"
+    file.write_text(f"methods: [strict]\ngrid: [{{tasks: [nbody], models: [egnn, segnn], overrides: {sizes}}}]\n")
+    monkeypatch.setitem(MODELS, "segnn", replace(MODELS["segnn"], package="no_such_package"))
+    with pytest.raises(DataError, match="segnn: its package no_such_package is not installed"):
+        prepare(load_suite(file), tmp_path / "out")
+    file.write_text(file.read_text().replace("overrides", "optional: true, overrides"))
+    runs, [reason] = prepare(load_suite(file), tmp_path / "out")
+    assert [run.model.name for run in runs] == ["egnn"]
+    assert reason.startswith("segnn left out")
+    with pytest.raises(ConfigError, match="no_such_package, which is not installed"):
+        build_model(load_run("nbody", ["model=segnn"]), None)
 
 
 def test_a_suite_runs_what_is_missing_and_reports_each(tmp_path):

@@ -38,9 +38,8 @@ class Augmentation(Unconstrained):
 
     def moved(self, batch: Batch) -> Batch:
         """Move inputs and target of each sample by a random element of the group."""
-        graphs = int(batch.inputs["batch"][-1]) + 1
         seed = derived_seed(self.config.seed, 2, self.done)
-        return self.task.transform(batch, *self.task.group.sample(graphs, seed))
+        return self.task.transform(batch, *self.task.group.sample(len(batch), seed))
 
 
 class Scheduled(Unconstrained):

@@ -1,12 +1,10 @@
-"""Models to be relaxed: plain PyTorch, written without knowledge of the library.
-
-All have ``forward(pos, vel, h, edge_index, edge_attr, batch)``.
-"""
+"""Models to be relaxed: plain PyTorch, written without knowledge of the library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -25,16 +23,24 @@ class ModelEntry:
         build: Constructor.
         layers: Class names of the layers to relax.
         read_types: Layer -> e3nn irreps of the node tensors it is called with, concatenated in the
-            order of its arguments.
+            order of its arguments; None where its representations are others, so that the methods that regularise
+            linear terms by them do not apply.
         write_types: Layer -> e3nn irreps of the node tensors it returns, concatenated.
         read_positions: Layer -> the entries of what it is called with that translations move.
+        package: The package that the model comes from, if it is none of those that the suite needs anyway.
     """
 
     build: Callable[..., nn.Module]
     layers: tuple[str, ...]
-    read_types: Callable[[Any], str]
-    write_types: Callable[[Any], str]
+    read_types: Callable[[Any], str] | None = None
+    write_types: Callable[[Any], str] | None = None
     read_positions: Callable[[Any], slice] = lambda layer: slice(0)
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there."""
+        return self.package is None or find_spec(self.package) is not None
 
 
 MODELS = {

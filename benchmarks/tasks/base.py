@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,21 +15,136 @@ from torch.nn.functional import mse_loss
 from ace.groups import Element, Group
 from ace.symmetry import act_by_sample
 
-EVALUATION_BATCH = 100
-"""Graphs per batch in `Task.evaluate`; no result depends on it."""
+Target = Tensor | dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Graphs joined into one, and what is to be predicted for them.
+    """Several samples, and what is to be predicted for them.
 
     Attributes:
-        inputs: Keyword arguments of the models' ``forward``.
-        target: Target, first axis over nodes.
+        inputs: Keyword arguments of the model's ``forward``. Graphs are joined into one, with the number of its graph
+            for each node under ``batch``; without that, the first axis of every input is that of the samples.
+        target: A tensor, or several by name where the model returns a dict.
     """
 
     inputs: dict[str, Tensor]
-    target: Tensor
+    target: Target
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        if "batch" in self.inputs:
+            return int(self.inputs["batch"][-1]) + 1
+        return len(next(iter(self.inputs.values())))
+
+
+class Task(ABC):
+    """Data, loss, metric and symmetry.
+
+    Attributes:
+        name: Name in the registry.
+        group: Symmetry group.
+        input_types: Type of each model input, in the words of `ace.groups`.
+        output_type: Type of the prediction; of several, by name.
+        metric: Name of the metric in `evaluate` that counts; lower is better.
+        evaluation_batch: Samples per batch in `evaluate`; no result depends on it.
+    """
+
+    name: str
+    group: Group
+    input_types: ClassVar[dict[str, str]]
+    output_type: ClassVar[str | dict[str, str]]
+    metric: ClassVar[str] = "mse"
+    evaluation_batch: ClassVar[int] = 100
+
+    @abstractmethod
+    def size(self, split: str) -> int:
+        """Number of samples of a split."""
+
+    @abstractmethod
+    def collate(self, split: str, chosen: Tensor) -> Batch:
+        """Join samples of a split, given by their numbers (int64, one axis), into a batch."""
+
+    def batches(self, split: str, batch_size: int, *, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        """Iterate over a split once.
+
+        Args:
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+            batch_size: Samples per batch; the last batch may be smaller.
+            shuffle_seed: Seed of the order; ``None`` keeps the stored order.
+
+        Yields:
+            Batches that together hold each sample once.
+        """
+        order = torch.arange(self.size(split))
+        if shuffle_seed is not None:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
+        for chosen in order.split(batch_size):
+            yield self.collate(split, chosen)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Training loss, a tensor without axes; here the mean squared error over all entries."""
+        assert isinstance(batch.target, Tensor)
+        return mse_loss(model(**batch.inputs), batch.target)
+
+    def metrics(self, prediction: Any, target: Any) -> dict[str, Tensor]:
+        """Metrics of one batch, each a mean over its samples."""
+        return {"mse": mse_loss(prediction, target)}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Metrics of a model over a whole split.
+
+        Args:
+            model: Put into evaluation mode for the while.
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Returns:
+            Metric name -> mean over the samples.
+        """
+        training, totals = model.training, dict[str, float]()
+        model.eval()
+        try:
+            for batch in self.batches(split, self.evaluation_batch):
+                for name, value in self.metrics(model(**batch.inputs), batch.target).items():
+                    totals[name] = totals.get(name, 0.0) + len(batch) * float(value)
+        finally:
+            model.train(training)
+        return {name: total / self.size(split) for name, total in totals.items()}
+
+    def example(self) -> dict[str, Tensor]:
+        """Model inputs of a batch of up to four training samples."""
+        return next(self.batches("train", 4)).inputs
+
+    def transform(self, batch: Batch, *elements: Element) -> Batch:
+        """Transform inputs and target alike.
+
+        Args:
+            batch: Any batch of this task.
+            elements: From ``group.sample``: one for the whole batch, or one for each of its samples.
+
+        Returns:
+            The transformed batch.
+        """
+        rows = {len(batch): torch.arange(len(batch))}
+        if "batch" in batch.inputs:
+            rows[len(batch.inputs["batch"])] = batch.inputs["batch"]
+
+        def moved(value: Tensor, kind: str) -> Tensor:
+            return act_by_sample(list(elements), rows.get(len(value)), value, kind)
+
+        inputs = {name: moved(value, self.input_types[name]) for name, value in batch.inputs.items()}
+        if isinstance(batch.target, Tensor):
+            assert isinstance(self.output_type, str)
+            return replace(batch, inputs=inputs, target=moved(batch.target, self.output_type))
+        assert isinstance(self.output_type, dict)
+        targets = {name: moved(value, self.output_type[name]) for name, value in batch.target.items()}
+        return replace(batch, inputs=inputs, target=targets)
+
+    def model_options(self, model_name: str) -> dict[str, Any]:
+        """Constructor arguments of a model that follow from the data."""
+        del model_name
+        return {}
 
 
 @dataclass(frozen=True)
@@ -50,23 +166,14 @@ class Samples:
     target: Tensor
 
 
-class Task:
+class Dynamics(Task):
     """Prediction of positions on graphs that all have the same edges.
 
     Args:
         edge_index: Source and target node of each edge of one graph, shape (2, e).
         splits: Samples of ``"train"``, ``"valid"`` and ``"test"``.
-
-    Attributes:
-        name: Name in the registry.
-        group: Symmetry group.
-        input_types: Type of each model input, in the words of `ace.groups`.
-        output_type: Type of the prediction.
-        metric: Name of the metric in `evaluate` that counts; lower is better.
     """
 
-    name: str
-    group: Group
     input_types: ClassVar[dict[str, str]] = {
         "pos": "position",
         "vel": "vector",
@@ -76,92 +183,17 @@ class Task:
         "batch": "invariant",
     }
     output_type: ClassVar[str] = "position"
-    metric: ClassVar[str] = "mse"
 
     def __init__(self, edge_index: Tensor, splits: dict[str, Samples]) -> None:
         self.edge_index = edge_index
         self.splits = splits
         self._topology = lru_cache(maxsize=8)(self._build_topology)
 
-    def size(self, split: str) -> int:
-        """Number of samples of a split."""
+    def size(self, split: str) -> int:  # noqa: D102
         return len(self.splits[split].pos)
 
-    def batches(self, split: str, batch_size: int, *, shuffle_seed: int | None = None) -> Iterator[Batch]:
-        """Iterate over a split once.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
-            batch_size: Graphs per batch; the last batch may be smaller.
-            shuffle_seed: Seed of the order; ``None`` keeps the stored order.
-
-        Yields:
-            Batches that together hold each sample once.
-        """
-        order = torch.arange(self.size(split))
-        if shuffle_seed is not None:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
-        for chosen in order.split(batch_size):
-            yield self._collate(self.splits[split], chosen)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Training loss: mean squared error over nodes and coordinates; a tensor without axes."""
-        return mse_loss(model(**batch.inputs), batch.target)
-
-    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Metrics of one batch, each a mean over its graphs."""
-        return {"mse": mse_loss(prediction, target)}
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Metrics of a model over a whole split.
-
-        Args:
-            model: Put into evaluation mode for the while.
-            split: ``"train"``, ``"valid"`` or ``"test"``.
-
-        Returns:
-            Metric name -> mean over the samples.
-        """
-        training, totals = model.training, dict[str, float]()
-        model.eval()
-        try:
-            for batch in self.batches(split, EVALUATION_BATCH):
-                graphs = int(batch.inputs["batch"][-1]) + 1
-                for name, value in self.metrics(model(**batch.inputs), batch.target).items():
-                    totals[name] = totals.get(name, 0.0) + graphs * float(value)
-        finally:
-            model.train(training)
-        return {name: total / self.size(split) for name, total in totals.items()}
-
-    def example(self) -> dict[str, Tensor]:
-        """Model inputs of a batch of up to four training samples."""
-        return next(self.batches("train", 4)).inputs
-
-    def transform(self, batch: Batch, *elements: Element) -> Batch:
-        """Transform inputs and target alike.
-
-        Args:
-            batch: Any batch of this task.
-            elements: From ``group.sample``: one for the whole batch, or one for each of its graphs.
-
-        Returns:
-            The transformed batch.
-        """
-        graph = batch.inputs["batch"]
-
-        def moved(value: Tensor, kind: str) -> Tensor:
-            return act_by_sample(list(elements), graph if len(value) == len(graph) else None, value, kind)
-
-        inputs = {name: moved(value, self.input_types[name]) for name, value in batch.inputs.items()}
-        return replace(batch, inputs=inputs, target=moved(batch.target, self.output_type))
-
-    def model_options(self, model_name: str) -> dict[str, Any]:
-        """Constructor arguments that the task decides: the sizes of its features."""
-        train = self.splits["train"]
-        return {"node_features": train.h.shape[-1], "edge_features": train.edge_attr.shape[-1]}
-
-    def _collate(self, samples: Samples, chosen: Tensor) -> Batch:
+    def collate(self, split: str, chosen: Tensor) -> Batch:  # noqa: D102
+        samples = self.splits[split]
         edge_index, batch = self._topology(len(chosen), samples.pos.shape[1])
         pos, vel, h, edge_attr, target = (
             values[chosen].flatten(0, 1)
@@ -176,6 +208,11 @@ class Task:
             "batch": batch,
         }
         return Batch(inputs, target)
+
+    def model_options(self, model_name: str) -> dict[str, Any]:
+        """Sizes of the features."""
+        train = self.splits["train"]
+        return {"node_features": train.h.shape[-1], "edge_features": train.edge_attr.shape[-1]}
 
     def _build_topology(self, graphs: int, nodes: int) -> tuple[Tensor, Tensor]:
         """Edges (2, graphs * e) and graph index of the nodes of several copies of the graph."""

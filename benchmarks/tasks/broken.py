@@ -11,7 +11,7 @@ from torch import Tensor
 from ace.errors import ConfigError
 from ace.groups import O3, _frame
 from benchmarks.models.vector import VectorNet
-from benchmarks.tasks.base import Samples, Task
+from benchmarks.tasks.base import Dynamics, Samples
 
 VECTORS = 4
 LAYERS = 3
@@ -20,7 +20,7 @@ DIRECTION = torch.tensor([0.0, 0.0, 1.0])
 Kind = Literal["direction", "mirror", "cube"]
 
 
-class Broken(Task):
+class Broken(Dynamics):
     r"""Lists of normally distributed vectors, mapped by a random vector network whose symmetry is broken.
 
     After layer k the teacher adds :math:`s\,a_c\,b_c(x)` to channel c, with a random amplitude :math:`a_c` of unit
@@ -53,7 +53,7 @@ class Broken(Task):
             that is no direction.
     """
 
-    input_types: ClassVar[dict[str, str]] = {**Task.input_types, "pos": "vector"}
+    input_types: ClassVar[dict[str, str]] = {**Dynamics.input_types, "pos": "vector"}
     output_type: ClassVar[str] = "vector"
 
     def __init__(

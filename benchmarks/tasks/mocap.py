@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from ace.errors import ConfigError
 from ace.groups import E3
 from benchmarks.data import load_motion
-from benchmarks.tasks.base import Batch, Samples, Task
+from benchmarks.tasks.base import Batch, Dynamics, Samples
 
 SUBJECTS = {"run": "run09", "walk": "walk35"}
 HORIZON = 30  # frames from the input to the last target
@@ -24,7 +24,7 @@ STEPS = 5  # target frames: the last five up to the horizon
 MOST_SAMPLES = {"train": 200, "valid": 600, "test": 600}
 
 
-class MotionCapture(Task):
+class MotionCapture(Dynamics):
     """The last five of the thirty frames that follow a frame, from its positions and velocities.
 
     Velocities are differences to the next frame; h = (|v|, height / 10); edges join joints one bone

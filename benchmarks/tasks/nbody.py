@@ -17,7 +17,7 @@ import torch
 from ace.errors import ConfigError
 from ace.groups import E3
 from benchmarks.data import cache_folder, load_arrays, save_arrays
-from benchmarks.tasks.base import Samples, Task
+from benchmarks.tasks.base import Dynamics, Samples
 
 PARTICLES = 5
 TIME_STEP = 0.001
@@ -134,7 +134,7 @@ def _simulate_block(
     return saved
 
 
-class NBody(Task):
+class NBody(Dynamics):
     """Positions of five charged particles a thousand time steps after the input frame.
 
     Inputs are positions and velocities at frame 30 (step 3100), h = |v| and, on the edges between all
