@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ace.errors import CheckpointMismatch, NotWritten
+from ace.errors import CheckpointMismatch
+from ace.history import replace_file
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> None:
@@ -32,22 +33,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], config: Mapping
         ...     load(f"{folder}/last.pt", config={"seed": 0})["step"]
         3
     """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"state": dict(state), "config": None if config is None else dict(config)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as problem:
-        kept = "; the checkpoint that was there is unharmed" if path.exists() else ""
-        raise NotWritten(f"cannot write the checkpoint {path}: {problem}{kept}") from problem
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save({"state": dict(state), "config": None if config is None else dict(config)}, content)
+    replace_file(Path(path), content.getvalue())
 
 
 def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
