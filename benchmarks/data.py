@@ -14,6 +14,7 @@ import pickle
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ MOTION_ARRAYS = (
 CHECKSUMS = {
     "run09": "0846b20df07843d5679f88b6d832c349b4cbc9e0d8661d92cd436a83cf36d880",
     "walk35": "385a4ad835b95349041c00834c20565a5d989cfa19149ba09729d081765c3688",
+    "qm9_30k": "ad5c2565b846bb08a86d8cea2246b340618e421c579a2f789d8be49466d888eb",
+    "rmd17_ethanol_botnet": "7a40602252ae8ec10b2f4c764259d6533621740291930a0733ae782ab86d8038",
+    "acac": "0daef60d2ae827ddad3441518e0af6922280063a8f481757ab020a02273b775a",
+    "3bpa_train": "426ce5509e45cc6dea87c711eeaed6f188f179ffda51c6c9f1185ba78242d14c",
+    "mnist10k_rot": "602e176df05c2e59168cc52336808c2e535a3b7d42d7eb098d36453ea20bc075",
+    "smoke_rotation_phiflow": "a6d006a9ecad35fb82dc2c053792cb6429a3c723ac2eebbff9d6e4cbb976a807",
 }
-"""`checksum` of the arrays of each subject of the motion capture data."""
+"""`checksum` of the arrays that are read of each published file, by its stem."""
 
 WALK_INSTRUCTIONS = """\
 The walking motions are not distributed as one file. Build it from the recordings of subject 35 of the \
@@ -118,17 +125,70 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def find_file(relative: str) -> Path | None:
+    """Path of a data file, such as ``mocap/run09.npz``, in ``$ACE_DATA`` or else in the cache folder, or ``None``."""
+    return next((path for path in _paths(relative) if path.is_file()), None)
+
+
+def explain_file(relative: str, how: str) -> str:
+    """What to do when `find_file` finds nothing: where it looked, and how to get the file."""
+    looked = " and ".join(str(path) for path in _paths(relative))
+    hint = "" if os.environ.get("ACE_DATA") else " (ACE_DATA is not set)"
+    return f"{Path(relative).name} was looked for at {looked}{hint} and is not there. {how}"
+
+
+def load_file(relative: str, names: Iterable[str], how: str) -> dict[str, np.ndarray]:
+    """Read the arrays that are needed of a data file and verify them against `CHECKSUMS`.
+
+    Args:
+        relative: The file, as in `find_file`; its checksum is that of its stem.
+        names: The arrays.
+        how: How to get the file, for the message.
+
+    Returns:
+        Name -> array.
+
+    Raises:
+        DataError: Not found, unreadable, or not the published numbers.
+    """
+    path = find_file(relative)
+    if path is None:
+        raise DataError(explain_file(relative, how))
+    stored = _read(path)
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise DataError(f"{path} has no array {', '.join(missing)}: it is not the file expected. Replace it.")
+    arrays = {name: stored[name] for name in names}
+    verify(Path(relative).stem, arrays, str(path))
+    return arrays
+
+
+def verify(stem: str, arrays: dict[str, np.ndarray], source: str) -> None:
+    """Compare arrays with the published ones.
+
+    Args:
+        stem: Name in `CHECKSUMS`.
+        arrays: Name -> array.
+        source: Where they came from, for the message.
+
+    Raises:
+        DataError: They are not the published numbers.
+    """
+    if checksum(arrays) != CHECKSUMS[stem]:
+        raise DataError(
+            f"{source} does not hold the published numbers of {stem}: checksum {checksum(arrays)}, "
+            f"expected {CHECKSUMS[stem]}. Replace it by an unaltered copy."
+        )
+
+
 def find_motion(subject: str) -> Path | None:
     """Path of a motion capture file, in ``$ACE_DATA`` or else in the cache folder, or ``None``."""
-    return next((path for path in _motion_paths(subject) if path.is_file()), None)
+    return find_file(f"mocap/{subject}.npz")
 
 
 def explain_motion(subject: str) -> str:
     """What to do when `find_motion` finds nothing."""
-    looked = " and ".join(str(path) for path in _motion_paths(subject))
-    how = "Run `ace data mocap` to download it." if subject == "run09" else WALK_INSTRUCTIONS
-    hint = "" if os.environ.get("ACE_DATA") else " (ACE_DATA is not set)"
-    return f"{subject}.npz was looked for at {looked}{hint} and is not there. {how}"
+    return explain_file(f"mocap/{subject}.npz", _how_to_get_motion(subject))
 
 
 def load_motion(subject: str) -> dict[str, np.ndarray]:
@@ -146,16 +206,7 @@ def load_motion(subject: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: Not found, unreadable, or not the published numbers.
     """
-    path = find_motion(subject)
-    if path is None:
-        raise DataError(explain_motion(subject))
-    stored = _read(path)
-    missing = [name for name in MOTION_ARRAYS if name not in stored]
-    if missing:
-        raise DataError(f"{path} has no array {', '.join(missing)}: it is not the file expected. Replace it.")
-    arrays = {name: stored[name] for name in MOTION_ARRAYS}
-    _verify_motion(subject, arrays, str(path))
-    return arrays
+    return load_file(f"mocap/{subject}.npz", MOTION_ARRAYS, _how_to_get_motion(subject))
 
 
 def download_motion(origin: str = ORIGIN) -> Path:
@@ -190,7 +241,7 @@ def download_motion(origin: str = ORIGIN) -> Path:
         arrays = _motion_arrays(*contents)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{origin}: the motion files are not laid out as published ({error!r})") from error
-    _verify_motion("run09", arrays, origin)
+    verify("run09", arrays, origin)
     save_arrays(path, arrays)
     return path
 
@@ -250,17 +301,13 @@ def _motion_arrays(motion: Any, split: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _verify_motion(subject: str, arrays: dict[str, np.ndarray], source: str) -> None:
-    if checksum(arrays) != CHECKSUMS[subject]:
-        raise DataError(
-            f"{source} does not hold the published numbers of {subject}: checksum {checksum(arrays)}, "
-            f"expected {CHECKSUMS[subject]}. Replace it by an unaltered copy."
-        )
+def _how_to_get_motion(subject: str) -> str:
+    return "Run `ace data mocap` to download it." if subject == "run09" else WALK_INSTRUCTIONS
 
 
-def _motion_paths(subject: str) -> list[Path]:
+def _paths(relative: str) -> list[Path]:
     folders = [Path(os.environ["ACE_DATA"])] if os.environ.get("ACE_DATA") else []
-    return [folder / "mocap" / f"{subject}.npz" for folder in (*folders, cache_folder())]
+    return [folder / relative for folder in (*folders, cache_folder())]
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

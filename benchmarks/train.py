@@ -328,6 +328,11 @@ class _Training:
         relaxed, restored = self.measure("test")
         selected = {"max_gamma": _max_gamma(model), "projection_gap": _gap(model, example)}
         shipped = method.finish()
+        measured = {
+            f"{split}_{name}": value
+            for split in ("test", *self.task.further_tests)
+            for name, value in self.task.evaluate(shipped, split).items()
+        }
         inputs = next(self.task.batches("test", 100)).inputs
         errors = torch.cat(
             [self.errors_by_sample(b.inputs, draws=4) for b in self.task.batches("test", 100)][: MEASURED // 100]
@@ -344,9 +349,10 @@ class _Training:
             "steps": config.steps,
             "selected_step": self.best["step"],
             "valid_shipped": self.best["value"],
-            "test_shipped": self.task.evaluate(shipped, "test")[self.task.metric],
+            "test_shipped": measured.pop(f"test_{self.task.metric}"),
             "test_relaxed": relaxed,
             "test_restored": restored,
+            **measured,
             "equivariance_error": self.equivariance_error(inputs),
             "equivariance_error_float64": self.equivariance_error(inputs, torch.float64),
             "equivariance_rms": errors.square().mean().sqrt().item(),

@@ -48,6 +48,7 @@ class Task(ABC):
         output_type: Type of the prediction; of several, by name.
         metric: Name of the metric in `evaluate` that counts; lower is better.
         evaluation_batch: Samples per batch in `evaluate`; no result depends on it.
+        further_tests: Splits beside ``"test"`` on which the shipped model is measured at the end.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task(ABC):
     output_type: ClassVar[str | dict[str, str]]
     metric: ClassVar[str] = "mse"
     evaluation_batch: ClassVar[int] = 100
+    further_tests: tuple[str, ...] = ()
 
     @abstractmethod
     def size(self, split: str) -> int:
