@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import ace
 from ace.calls import call, map_tensors, tensors_in
 from ace.errors import ConstraintNotMet
-from ace.probing import evaluating, is_scripted
+from ace.probing import default_dtype, evaluating, is_scripted
 from ace.relaxation import Relaxation, base_state_dict, relax, relaxations, restore
 from ace.terms import START
 
@@ -131,7 +131,7 @@ class HostTests:
         """Each term by itself breaks the symmetry: a γ that breaks nothing would be constrained for nothing."""
         group, types = self.symmetries()[0]
         plain, batch = self._plain(), self.batch()
-        with self._wide() as (dtype, default), _default_dtype(default):
+        with self._wide() as (dtype, default), default_dtype(default):
             plain, batch = _cast_module(plain, dtype), _cast(batch, dtype)
             _disturb(plain)  # a weight that starts at 0 would hide the terms behind it
             floor = self._error(plain, batch, group, types)
@@ -464,7 +464,7 @@ class HostTests:
         for default in defaults:
             plain = self._plain()
             try:
-                with _default_dtype(default), warnings.catch_warnings():
+                with default_dtype(default), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     _finite(_step(_cast_module(plain, dtype), _cast(self.batch(), dtype)))
                 break
@@ -527,7 +527,7 @@ class HostTests:
     def _check_precision(self, dtype: torch.dtype) -> None:
         default = self._ask(f"run in {dtype}", lambda: self._default_for(dtype))
         plain = self._plain()
-        with _default_dtype(default):
+        with default_dtype(default):
             plain, batch = _cast_module(plain, dtype), partial(_cast, self.batch(), dtype)
             expected = _leaves(_evaluate(plain, batch()))
             relaxed = self._relax(plain, batch())
@@ -813,16 +813,6 @@ def _cast_module(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model if it has the dtype already; else a copy, since some libraries share buffers between models."""
     floating = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
     return model if floating <= {dtype} else copy.deepcopy(model).to(dtype)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _through_a_file(value: Any, weights_only: bool) -> Any:

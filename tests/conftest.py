@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ace.probing import default_dtype
+
 torch.set_num_threads(1)
 settings.register_profile("ace", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ace")
@@ -19,6 +21,5 @@ def _seed():
 @pytest.fixture
 def float64():
     """Build every tensor of the test in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64):
+        yield

@@ -33,6 +33,7 @@ from ace.groups import (
     act_generator,
     finding,
 )
+from ace.probing import default_dtype
 
 # torch's and e3nn's own use of torch.jit.script, which torch 2.13 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -394,15 +395,12 @@ def test_irreps_against_e3nn(alpha: float, beta: float, gamma: float) -> None:
 
     irreps = "+".join(f"{degree}{parity}" for degree in range(7) for parity in "eo")
     angles = [torch.tensor(angle, dtype=torch.float64) for angle in (alpha, beta, gamma)]
-    torch.set_default_dtype(torch.float64)  # e3nn builds its generators in the default dtype
-    try:
+    with default_dtype(torch.float64):  # e3nn builds its generators in it
         rotation = o3.angles_to_matrix(*angles)
         wigner = {
             parity: o3.Irreps(irreps).D_from_angles(*angles, k)
             for parity, k in (("+", 0.0 * angles[0]), ("-", 0.0 * angles[0] + 1))
         }
-    finally:
-        torch.set_default_dtype(torch.float32)
     x = normal(3, o3.Irreps(irreps).dim)
     close(act(Element(rotation), x, irreps), x @ wigner["+"].T, 1e-11)
     close(act(Element(-rotation), x, irreps), x @ wigner["-"].T, 1e-11)

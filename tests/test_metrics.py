@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ace.errors import AceError, ShapeMismatch
 from ace.groups import E3, O3, SO2, SO3, Cyclic, Dihedral, Group, Permutations, act, act_generator
 from ace.metrics import ErrorReport, equivariance_error, lie_derivative
+from ace.probing import default_dtype
 
 # torch's and e3nn's own use of torch.jit.script, which torch 2.13 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -207,11 +208,8 @@ def test_e3nn_network() -> None:
         assert double.max < 1e-8  # e3nn rounded its Wigner symbols to float32 when the network was built
         assert lie_derivative(network, batch, group, outputs=outputs).max < 1e-5
     assert next(network.parameters()).dtype == torch.float32
-    torch.set_default_dtype(F64)
-    try:
+    with default_dtype(F64):
         built_in_double = e3nn_network().double()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert equivariance_error(built_in_double, batch, E3(), outputs=outputs, dtype=F64).max < 1e-12
     assert lie_derivative(built_in_double, batch, E3(), outputs=outputs, dtype=F64).max < 1e-12
     wrong = equivariance_error(network, batch, SO3(), outputs="3x0e+2x1o+5x0e")

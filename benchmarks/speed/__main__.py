@@ -22,6 +22,7 @@ import ace
 from ace.calls import call, map_tensors
 from ace.errors import ConstraintNotMet
 from ace.history import replace_file
+from ace.probing import default_dtype
 from benchmarks.speed.models import SUBJECTS, Subject
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
@@ -116,7 +117,8 @@ def main() -> None:
     for name in options.models:
         torch.manual_seed(0)
         try:
-            subject = SUBJECTS[name]()
+            with default_dtype():  # nequip asks for another
+                subject = SUBJECTS[name]()
         except ImportError as problem:
             print(f"{name}: left out, {problem}")
             continue

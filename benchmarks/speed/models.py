@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+ELEMENTS = {"H": 1, "C": 6, "O": 8}
+"""Atomic numbers of the elements in the molecules."""
 
 
 @dataclass(frozen=True)
@@ -53,85 +58,112 @@ def _nbody(build: Callable[..., nn.Module]) -> Subject:
 
 def mace() -> Subject:
     """MACE with 64 channels up to l = 1 on 4 molecules of ethanol, energies and forces."""
-    import warnings
+    batch = {"data": mace_batch(["CH3CH2OH"] * 4, cutoff=5.0), "training": True}
+    return Subject(mace_model(), batch, _energy_and_forces("energy"), "4 molecules of 9 atoms")
 
+
+def mace_model(**options: Any) -> nn.Module:
+    """ScaleShiftMACE for hydrogen, carbon and oxygen; ``options`` replace its settings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn 0.4.4 scripts functions when it is imported
-        from mace import data, modules, tools
-    import numpy as np
-    from ase.build import molecule
-    from e3nn import o3
-    from mace.tools.torch_geometric.dataloader import DataLoader
+        from mace import modules
+    from e3nn import o3  # after mace, which lets e3nn 0.4.4 load its constants
 
-    numbers = tools.AtomicNumberTable([1, 6, 8])
-    atoms = [molecule("CH3CH2OH") for _ in range(4)]
-    for seed, each in enumerate(atoms):
-        each.rattle(0.05, seed=seed)
-    graphs = [data.AtomicData.from_config(data.config_from_atoms(a), z_table=numbers, cutoff=5.0) for a in atoms]
-    batch = next(iter(DataLoader(graphs, batch_size=len(graphs), shuffle=False))).to_dict()
+    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+    settings = {
+        "r_max": 5.0,
+        "num_bessel": 8,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 3,
+        "interaction_cls_first": block,
+        "interaction_cls": block,
+        "num_interactions": 2,
+        "num_elements": len(ELEMENTS),
+        "hidden_irreps": o3.Irreps("64x0e+64x1o"),
+        "MLP_irreps": o3.Irreps("16x0e"),
+        "gate": torch.nn.functional.silu,
+        "atomic_energies": np.zeros(len(ELEMENTS)),
+        "atomic_numbers": list(ELEMENTS.values()),
+        "avg_num_neighbors": 8.0,
+        "correlation": 3,
+        "radial_type": "bessel",
+        "atomic_inter_scale": 1.0,
+        "atomic_inter_shift": 0.0,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = modules.ScaleShiftMACE(
-            r_max=5.0,
-            num_bessel=8,
-            num_polynomial_cutoff=5,
-            max_ell=3,
-            interaction_cls_first=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-            interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-            num_interactions=2,
-            num_elements=len(numbers),
-            hidden_irreps=o3.Irreps("64x0e+64x1o"),
-            MLP_irreps=o3.Irreps("16x0e"),
-            gate=torch.nn.functional.silu,
-            atomic_energies=np.zeros(len(numbers)),
-            atomic_numbers=numbers.zs,
-            avg_num_neighbors=8.0,
-            correlation=3,
-            radial_type="bessel",
-            atomic_inter_scale=1.0,
-            atomic_inter_shift=0.0,
-        )
-    return Subject(model, {"data": batch, "training": True}, _energy_and_forces("energy"), "4 molecules of 9 atoms")
+        model: nn.Module = modules.ScaleShiftMACE(**{**settings, **options})
+    return model
+
+
+def mace_batch(names: list[str], cutoff: float) -> dict[str, Tensor]:
+    """Slightly moved molecules as the loader of MACE gives them, labels included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mace import data, tools
+        from mace.tools.torch_geometric.dataloader import DataLoader
+    from ase.build import molecule
+
+    table = tools.AtomicNumberTable(list(ELEMENTS.values()))
+    atoms = [molecule(name) for name in names]
+    for seed, each in enumerate(atoms):
+        each.rattle(0.05, seed=seed)
+    graphs = [data.AtomicData.from_config(data.config_from_atoms(a), z_table=table, cutoff=cutoff) for a in atoms]
+    batch: dict[str, Tensor] = next(iter(DataLoader(graphs, batch_size=len(graphs), shuffle=False))).to_dict()
+    return batch
 
 
 def nequip() -> Subject:
     """NequIP with 32 features up to l = 2 and 4 layers on one molecule of ethanol, energy and forces."""
-    import warnings
-
     from ase.build import molecule
-    from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
+
+    batch, model = nequip_batch(molecule("CH3CH2OH"), cutoff=5.0), nequip_model()
+    return Subject(model, (batch,), _energy_and_forces("total_energy"), "1 molecule of 9 atoms")
+
+
+def nequip_model(**options: Any) -> nn.Module:
+    """NequIP for hydrogen, carbon and oxygen; ``options`` replace its settings. Leaves float64 the default dtype."""
     from nequip.model import NequIPGNNModel
+
+    _set_state_of_nequip()
+    settings = {
+        "seed": 0,
+        "model_dtype": "float32",
+        "r_max": 5.0,
+        "type_names": list(ELEMENTS),
+        "num_layers": 4,
+        "l_max": 2,
+        "parity": True,
+        "num_features": 32,
+        "radial_mlp_width": 64,
+        "avg_num_neighbors": 8.0,
+        "per_type_energy_scales": 1.0,
+        "per_type_energy_shifts": dict.fromkeys(ELEMENTS, 0.0),
+    }
+    model: nn.Module = NequIPGNNModel(**{**settings, **options})
+    return model
+
+
+def nequip_batch(atoms: Any, cutoff: float) -> dict[str, Tensor]:
+    """Slightly moved atoms as the pipeline of NequIP gives them. Leaves float64 the default dtype."""
+    from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
+
+    _set_state_of_nequip()
+    atoms.rattle(0.05, seed=0)
+    batch = from_ase(atoms)
+    batch[AtomicDataDict.ATOM_TYPE_KEY] = torch.tensor([list(ELEMENTS).index(symbol) for symbol in atoms.symbols])
+    found: dict[str, Tensor] = compute_neighborlist_(batch, r_max=cutoff)
+    return found
+
+
+def _set_state_of_nequip() -> None:
+    """What the library asks for before anything else; it makes float64 the default dtype, of its data too."""
     from nequip.utils.global_state import set_global_state
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_global_state()
-    types = {"H": 0, "C": 1, "O": 2}
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        atoms = molecule("CH3CH2OH")
-        atoms.rattle(0.05, seed=0)
-        batch = from_ase(atoms)
-        batch[AtomicDataDict.ATOM_TYPE_KEY] = torch.tensor([types[symbol] for symbol in atoms.symbols])
-        batch = compute_neighborlist_(batch, r_max=5.0)
-        model = NequIPGNNModel(
-            seed=0,
-            model_dtype="float32",
-            r_max=5.0,
-            type_names=list(types),
-            num_layers=4,
-            l_max=2,
-            parity=True,
-            num_features=32,
-            radial_mlp_width=64,
-            avg_num_neighbors=8.0,
-            per_type_energy_scales=1.0,
-            per_type_energy_shifts=dict.fromkeys(types, 0.0),
-        )
-    finally:
-        torch.set_default_dtype(usual)
-    return Subject(model, (batch,), _energy_and_forces("total_energy"), "1 molecule of 9 atoms")
+    torch.set_default_dtype(torch.float64)  # also where the state was set before
 
 
 def schnet() -> Subject:

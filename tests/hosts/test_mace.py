@@ -10,51 +10,33 @@ import torch
 
 pytest.importorskip("mace")  # before e3nn: it lets e3nn 0.4.4 load its constants
 
-from ase.build import molecule
 from e3nn import o3
 from e3nn.util import jit
-from mace import data, modules, tools
-from mace.tools.torch_geometric.dataloader import DataLoader
+from mace import modules
 
 import ace
 from ace.testing import HostTests
+from benchmarks.speed.models import mace_batch, mace_model
 
-NUMBERS = tools.AtomicNumberTable([1, 6, 8])
 CUTOFF = 3.0
 
 
 def scale_shift_mace():
-    return modules.ScaleShiftMACE(
+    return mace_model(
         r_max=CUTOFF,
         num_bessel=6,
-        num_polynomial_cutoff=5,
         max_ell=2,
         interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
-        interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-        num_interactions=2,
-        num_elements=len(NUMBERS),
         hidden_irreps=o3.Irreps("8x0e+8x1o"),
         MLP_irreps=o3.Irreps("8x0e"),
-        gate=torch.nn.functional.silu,
         atomic_energies=np.array([-0.5, -1.0, -1.5]),
-        atomic_numbers=NUMBERS.zs,
-        avg_num_neighbors=8.0,
         correlation=2,
-        radial_type="bessel",
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
     )
 
 
 def two_molecules():
     """Ethanol and methanol as the library's loader gives them, labels included."""
-    atoms = [molecule("CH3CH2OH"), molecule("CH3OH")]
-    for number, each in enumerate(atoms):
-        each.rattle(0.05, seed=number)
-    graphs = [
-        data.AtomicData.from_config(data.config_from_atoms(each), z_table=NUMBERS, cutoff=CUTOFF) for each in atoms
-    ]
-    return next(iter(DataLoader(graphs, batch_size=2, shuffle=False))).to_dict()
+    return mace_batch(["CH3CH2OH", "CH3OH"], CUTOFF)
 
 
 class TestScaleShiftMACE(HostTests):

@@ -9,41 +9,28 @@ pytest.importorskip("nequip")
 
 from ase.build import bulk, molecule
 from e3nn import o3
-from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
-from nequip.model import NequIPGNNModel
-from nequip.utils.global_state import set_global_state
 
 import ace
+from ace.probing import default_dtype
 from ace.testing import HostTests
+from benchmarks.speed.models import nequip_batch, nequip_model
 
 CUTOFF = 3.5
-TYPES = {"H": 0, "C": 1, "O": 2}
-USUAL = torch.get_default_dtype()
-
-set_global_state()  # the library asks for it; it makes float64 the default dtype, of its data too
-torch.set_default_dtype(USUAL)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _default_dtype():
-    yield
-    torch.set_default_dtype(USUAL)
+def _usual_dtype():
+    with default_dtype():  # the library makes float64 the default
+        yield
 
 
 def potential(dtype="float64"):
-    torch.set_default_dtype(torch.float64)
-    return NequIPGNNModel(
-        seed=0,
+    return nequip_model(
         model_dtype=dtype,
         r_max=CUTOFF,
-        type_names=list(TYPES),
         num_layers=2,
-        l_max=2,
-        parity=True,
         num_features=8,
         radial_mlp_width=16,
-        avg_num_neighbors=8.0,
-        per_type_energy_scales=1.0,
         per_type_energy_shifts={"H": -0.5, "C": -1.0, "O": -1.5},
     )
 
@@ -55,11 +42,7 @@ def ethanol():
 
 def graph(atoms):
     """Atoms as the library's own pipeline gives them, in float64."""
-    torch.set_default_dtype(torch.float64)
-    atoms.rattle(0.05, seed=0)
-    atomic_data = from_ase(atoms)
-    atomic_data[AtomicDataDict.ATOM_TYPE_KEY] = torch.tensor([TYPES[symbol] for symbol in atoms.symbols])
-    return compute_neighborlist_(atomic_data, r_max=CUTOFF)
+    return nequip_batch(atoms, CUTOFF)
 
 
 class Potential(HostTests):

@@ -15,6 +15,7 @@ import torch
 from test_documentation import LINK, blocks
 
 import ace
+from ace.probing import default_dtype
 from hosts import report
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +38,10 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         pytest.skip(f"not installed here: {', '.join(missing)}")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), default_dtype():  # nequip asks for another
         warnings.simplefilter("ignore", ace.errors.ConstraintNotMet)
-        usual = torch.get_default_dtype()
-        try:
-            for line, code in blocks(page):
-                exec(compile("\n" * line + code, page, "exec"), namespace)
-        finally:
-            torch.set_default_dtype(usual)  # nequip asks for another
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
