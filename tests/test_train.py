@@ -20,7 +20,7 @@ from ace.errors import CheckpointMismatch, ConfigError, DataError, NonFiniteLoss
 from benchmarks.config import load_run
 from benchmarks.locks import Locked, locked
 from benchmarks.methods import METHODS as METHOD_CLASSES
-from benchmarks.tasks.base import Task
+from benchmarks.tasks.base import Dynamics
 from benchmarks.train import RunFailed, build_model, build_task, run, training_batches
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -363,7 +363,9 @@ def test_missing_data_are_explained(tmp_path, monkeypatch):
 
 
 def test_an_option_that_follows_from_the_data_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Task, "model_options", lambda task, name: {"node_features": 1, "edge_features": 1, "layers": 3})
+    monkeypatch.setattr(
+        Dynamics, "model_options", lambda task, name: {"node_features": 1, "edge_features": 1, "layers": 3}
+    )
     with pytest.raises(ConfigError, match=r"model\.layers is 2"):
         run(tiny(), tmp_path)
 
