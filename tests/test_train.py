@@ -20,7 +20,7 @@ from ace.errors import CheckpointMismatch, ConfigError, DataError, NonFiniteLoss
 from benchmarks.config import load_run
 from benchmarks.locks import Locked, locked
 from benchmarks.methods import METHODS as METHOD_CLASSES
-from benchmarks.tasks.base import Dynamics
+from benchmarks.tasks.base import Dynamics, Task
 from benchmarks.train import RunFailed, build_model, build_task, run, training_batches
 
 pytestmark = pytest.mark.usefixtures("cache")
