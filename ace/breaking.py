@@ -11,6 +11,10 @@ inputs look the same from all sides is another question, and not asked. With f e
 3. The score of a sample, :math:`s = \langle r - g_H(x),\; a(x) \rangle`. If the data keep H, it is 0 in expectation
    as soon as *either* the inputs are evenly spread under H (then a is orthogonal to all that is equivariant) *or* g_H
    is all that can be known of r. If they break H, and a found something of it, it is positive: a t-test, one-sided.
+4. Are the inputs evenly spread under H? The means of all features are compared with those of moved samples. If they
+   differ, the score must not decide: what f and g_H miss may be nearer to hand for a fit that knows, say, that all
+   poses are upright, and yet be equivariant. Then H is broken only if the best of all fits has an error that is lower
+   than g_H's by surely more than a margin. Translations cannot be even.
 
 No sample is judged by a fit that it took part in, and no pair of samples counts twice: the second half of the samples
 comes in blocks, each tested on fits to the blocks before it. Large residuals are cut down by their norm, which changes
@@ -21,14 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ace.errors import AceError
-from ace.groups import Element, Group
+from ace.groups import E3, O3, Element, Group, Translations
 from ace.symmetry import act_by_sample
 
 LEVEL = 0.05
@@ -45,8 +49,8 @@ MIXES = 16
 """Random combinations of the vectors, of which the cubic features are made."""
 PENALTIES = tuple(10.0**power for power in range(-4, 5))
 """Ridge penalties, in units of the features' mean squares; cross-validation chooses."""
-MARGIN = 0.05
-"""Where inputs are uneven, the least share by which the forbidden part must lower the error."""
+MARGIN = 0.25
+"""Where inputs are uneven, the least share by which the best of all fits must be better than that under the group."""
 UNEVEN = 0.01
 """Level of the test whether inputs are even."""
 ROUNDING = 1e-9
@@ -54,7 +58,8 @@ ROUNDING = 1e-9
 FEWEST = 40
 """With fewer samples nothing is said."""
 KEPT = 0.25
-"""A group counts as kept if it costs surely less than this share of what the whole group costs."""
+"""A group counts as kept if it costs surely less than this share of what the whole group costs; with uneven inputs,
+if the best of all fits is surely not better by the margin."""
 
 Verdict = Literal["broken", "kept", "undecided"]
 
@@ -66,12 +71,13 @@ class Finding:
     Attributes:
         name: Name of the group.
         verdict: ``"broken"``; ``"kept"``, if in addition it costs surely little; else ``"undecided"``.
-        p: Probability of evidence as strong as this if the data keep the group; adjusted for the number of groups
-            (Holm), the whole group's is not.
+        p: Probability of evidence as strong as this if the data keep the group, adjusted for the number of groups by
+            Holm's rule; that of the whole group is not, but for E(3), where it is the smaller one of those of O(3) and
+            of translations, twice.
         t: What p was computed from: a mean in units of its standard error.
         error: Mean squared residual after the best fit under the group, relative to that before any fit.
-        excess: By which share ``error`` exceeds the error with the forbidden part added. Negative if that part only
-            adds noise.
+        excess: By which share ``error`` exceeds the error with the forbidden part added, negative if that part only
+            adds noise; where inputs are uneven, the error of the best of all fits.
         even: Whether the inputs look the same from all sides, as far as this group goes.
     """
 
@@ -141,29 +147,39 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
             "one batch are told apart by an integer input named 'batch', dense inputs by their first axis"
         )
     probe = _Probe(rows, seed)
-    whole = str(group)
     common = probe.fit(group)
     probe.residual = probe.residual - probe.average(group, [common])[0]
-    fits = {whole: [torch.zeros_like(weights) for weights in common]}  # of what is left, nothing is common
-    fits |= {name: probe.fit(subgroup) for name, subgroup in subgroups.items()}
-    nothing = probe.fit(None)
+    gates: dict[str, Group] = {str(group): group}
+    if isinstance(group, E3):  # translations cannot be even: they must not spoil the test of the rest
+        gates = {"rotations and reflections": O3(), "translations": Translations(group.translation)}
+    groups = {**gates, **subgroups}
+    fits = {name: probe.fit(subgroup) for name, subgroup in groups.items() if name != str(group)}
+    fits |= {str(group): [torch.zeros_like(weights) for weights in common], "": probe.fit(None)}
 
-    def test(name: str, of: Group) -> _Test:
-        return probe.test(of, fits[name], [fit for other, fit in fits.items() if other != name] + [nothing])
+    def test(name: str) -> _Test:
+        return probe.test(
+            groups[name], fits[name], [fit for other, fit in fits.items() if other not in (name, str(group))]
+        )
 
-    gate = test(whole, group)
-    if gate.p >= LEVEL:
-        return [Finding(whole, "kept", gate.p, gate.t, gate.error, gate.excess, gate.even)]
-    tests = {name: test(name, subgroup) for name, subgroup in subgroups.items()}
-    adjusted = {whole: gate.p} | _holm({name: of.p for name, of in tests.items()}, gate.p)
-    findings = []
-    for name, of in {whole: gate, **tests}.items():
+    tests = {name: test(name) for name in gates}
+    worst = min(tests.values(), key=lambda of: of.p)
+    gate = min(1.0, len(gates) * worst.p)
+    whole = Finding(
+        str(group), "broken", gate, worst.t, worst.error, worst.excess, all(of.even for of in tests.values())
+    )
+    if gate >= LEVEL:
+        return [replace(whole, verdict="kept")]
+    tests |= {name: test(name) for name in subgroups}
+    adjusted = _holm({name: of.p for name, of in tests.items()}, gate)
+    findings = [whole]
+    for name, of in tests.items():
         verdict: Verdict = "undecided"
         if adjusted[name] < LEVEL:
             verdict = "broken"
-        elif of.most < KEPT * gate.mean:
+        elif of.most < (KEPT * worst.gain if of.even else 0):
             verdict = "kept"
-        findings.append(Finding(name, verdict, adjusted[name], of.t, of.error, of.excess, of.even))
+        if name != str(group):
+            findings.append(Finding(name, verdict, adjusted[name], of.t, of.error, of.excess, of.even))
     return findings
 
 
@@ -179,8 +195,8 @@ def _holm(values: Mapping[str, float], gate: float) -> dict[str, float]:
 @dataclass(frozen=True)
 class _Test:
     t: float
-    mean: float  # score
-    most: float  # upper end of its confidence interval
+    gain: float  # what the forbidden part, or the best of all fits, is worth
+    most: float  # upper end of the confidence interval of the mean score
     error: float
     excess: float
     even: bool
@@ -303,14 +319,19 @@ class _Probe:
         plain, averaged = self.average(None, others), self.average(group, others, seed=1)  # other elements than above
         forbidden = [here - mean for here, mean in zip(plain, averaged, strict=True)]
         late = self.by_sample((self.block[:, None] >= BLOCKS // 2).double()) > 0
+        error, even = self.by_sample(left.square()), self.is_even(group)
         scores = torch.stack([self.by_sample(left * part) for part in forbidden])
-        best = int(_t_values(scores[:, ~late]).argmax())
-        score, error = scores[best, late], self.by_sample(left.square())[late]
-        without = self.by_sample((left - forbidden[best]).square())[late]
-        even = self.is_even(group)
+        if even:
+            best = int(_t_values(scores[:, ~late]).argmax())
+            score, without = scores[best], self.by_sample((left - forbidden[best]).square())
+        else:
+            errors = torch.stack([self.by_sample((self.residual - fit).square()) for fit in plain])
+            without = errors[int(errors[:, ~late].mean(1).argmin())]
+            score = error - without - MARGIN * error
+        score, error, without = score[late], error[late], without[late]
         return _Test(
-            t=float(_t_values(score if even else error - without - MARGIN * error)),
-            mean=float(score.mean()),
+            t=float(_t_values(score)),
+            gain=float(score.mean()) if even else float((error - without).mean()),
             most=float(score.mean() + 1.645 * score.std() / math.sqrt(len(score))),
             error=float(error.sum() / self.before[late].sum()),
             excess=float(error.sum() / without.sum()) - 1,

@@ -19,10 +19,23 @@ from ace.breaking import Finding, Rows, judge
 from ace.calls import call
 from ace.constraints import Resilient
 from ace.errors import AceError, NonFiniteLoss
-from ace.groups import E3, O3, SO2, SO3, Dihedral, Element, Generator, Group, Inversion, Octahedral, Translations
+from ace.groups import (
+    E3,
+    O3,
+    SO2,
+    SO3,
+    Dihedral,
+    Generator,
+    Group,
+    Inversion,
+    Octahedral,
+    Translations,
+    act_generator,
+    jvp,
+)
 from ace.history import replace_file
-from ace.inputs import model_inputs
-from ace.metrics import equivariance_error, lie_derivative
+from ace.inputs import UNMOVED, model_inputs, with_inputs
+from ace.metrics import equivariance_error
 from ace.probing import evaluating
 from ace.problem import PrimalDual, Problem
 from ace.relaxation import relax
@@ -34,6 +47,8 @@ WIDE = 8
 """Samples of up to so many vectors are taken as a whole, each node's residual seeing all of them."""
 SLOTS = 64
 """Largest number of nodes of which each may have a mean residual of its own."""
+FAR = 3.0
+"""Scale of translations, in units of the spread of the samples: far enough to forget where a sample was."""
 LIE_BATCHES = 4
 """Validation batches on which Lie derivatives are measured."""
 Split = Callable[[Any], tuple[Any, Tensor]]
@@ -51,8 +66,8 @@ class Diagnosis:
         strict: Validation loss of the strict model, one number a seed.
         resilient: Validation loss of the resilient model, one number a seed.
         error: Measured relative equivariance error of the resilient model, one number a seed.
-        rotations: M with aᵀMa the squared relative Lie derivative of the resilient model about the unit axis a, per
-            radian; mean over seeds, 3 × 3.
+        rotations: M with aᵀMa the squared relative Lie derivative of the resilient model about the unit axis a through
+            the sample's centre, per radian; mean over seeds, 3 × 3.
         translations: The same for translations along a, per unit of length; None if the group has none.
         axis: The axis about which the resilient model is best equivariant, if one stands out.
         spread: Mean angle between this axis and those of the single seeds, in degrees.
@@ -224,7 +239,7 @@ def diagnose(
         model = build(0)
     rows = _rows(model, pairs, prediction, inputs, outputs)
     if isinstance(group, E3) and rows.origin is not None:
-        group = E3(translation=float(rows.origin.std(0).norm()) or 1.0)
+        group = E3(translation=FAR * float(rows.origin.std(0).norm()) or 1.0)
     tested = _chain(group, axis) if subgroups is None else subgroups
     names = measured[0]["layers"]
     return Diagnosis(
@@ -332,21 +347,39 @@ class _Run:
         return torch.cat([prediction.detach() for prediction in predictions])
 
     def gram(self, model: nn.Module, basis: list[Generator]) -> Tensor:
-        r"""Return M with aᵀMa the squared relative Lie derivative along a, by polarisation."""
-        pairs = [(0, 1), (0, 2), (1, 2)]
-        sums = [
-            replace(basis[a], matrix=basis[a].matrix + basis[b].matrix, translation=_sum(basis[a], basis[b]))
-            for a, b in pairs
-        ]
+        r"""Return M with aᵀMa the squared relative Lie derivative along a; rotations are about the sample's centre."""
         total = torch.zeros(3, 3, dtype=torch.float64)
         for example, _ in self.pairs[:LIE_BATCHES]:
-            report = lie_derivative(model, example, _Along([*basis, *sums]), inputs=self.inputs, outputs=self.outputs)
-            square = torch.tensor(report.samples, dtype=torch.float64).square()
-            total += square[:3].diag()
-            for (a, b), both in zip(pairs, square[3:], strict=True):
-                mixed = (both - square[a] - square[b]) / 2
-                total[a, b] += mixed
-                total[b, a] += mixed
+            entries = model_inputs(model, example, self.inputs)
+            samples = Samples(entries, 1.0)
+            moving = [entry for entry in entries if entry.kind not in UNMOVED]
+            place = next((entry.value for entry in moving if entry.kind == "position"), None)
+
+            def moved(
+                direction: Generator, tensor: Tensor, kind: str, place: Any = place, samples: Any = samples
+            ) -> Tensor:
+                if kind == "position" and place is not None:
+                    tensor = tensor - _means(place, samples.index(place)).view(
+                        len(tensor), *[1] * (tensor.dim() - 2), -1
+                    )
+                return act_generator(direction, tensor, kind)
+
+            def function(*tensors: Tensor, example: Any = example, moving: Any = moving) -> Tensor:
+                new = {entry.path: tensor for entry, tensor in zip(moving, tensors, strict=True)}
+                result: Tensor = call(model, with_inputs(example, new))
+                return result
+
+            primals = tuple(entry.value for entry in moving)
+            with evaluating(model):
+                output = function(*primals).detach()
+                slopes = []
+                for direction in basis:
+                    tangents = tuple(moved(direction, entry.value, entry.kind) for entry in moving)
+                    slope = jvp(function, primals, tangents).detach() - moved(direction, output, self.outputs)
+                    slopes.append(slope.double().flatten())
+            total += (
+                torch.stack([torch.stack([a @ b for b in slopes]) for a in slopes]) / output.double().square().sum()
+            )
         return total / len(self.pairs[:LIE_BATCHES])
 
 
@@ -356,25 +389,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-class _Along(Group):
-    """Directions along which to differentiate."""
-
-    def __init__(self, directions: list[Generator]) -> None:
-        self.directions = directions
-
-    def sample(self, count: int, seed: int = 0, *, nodes: int | None = None) -> list[Element]:
-        return E3().sample(count, seed)
-
-    def generators(self) -> list[Generator]:
-        return self.directions
-
-
-def _sum(first: Generator, second: Generator) -> Tensor | None:
-    if first.translation is None or second.translation is None:
-        return None
-    return first.translation + second.translation
 
 
 def _axis(grams: Tensor) -> tuple[tuple[float, float, float] | None, float | None]:
@@ -475,21 +489,24 @@ def _rows(
 
 def _channels(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors of each row with and without the means over its sample, and where its sample is."""
-    count = torch.bincount(index).to(found)
-
-    def mean(x: Tensor) -> Tensor:
-        sums = x.new_zeros(len(count), *x.shape[1:]).index_add(0, index, x)
-        return (sums / count.view(-1, *[1] * (x.dim() - 1)))[index]
-
     places = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "position"]
     vectors = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "vector"]
     if kind in ("vector", "position") and found.shape[-1] == 3:
         last = found.reshape(len(found), -1, 3)[:, -1:]
         vectors.append(last - places[0][:, :1] if kind == "position" and places else last)
-    origin = mean(places[0][:, 0]) if places else found.new_zeros(len(found), 3)
+    origin = _means(places[0][:, 0], index) if places else found.new_zeros(len(found), 3)
     own = torch.cat([*(place - origin[:, None] for place in places), *vectors], 1)
-    means = [mean(vector) for vector in vectors]
+    means = [_means(vector, index) for vector in vectors]
     return torch.cat([own, *means], 1), own, origin
+
+
+def _means(x: Tensor, index: Tensor | None) -> Tensor:
+    """Mean over the rows of a sample, for each row."""
+    if index is None:
+        return x.mean(0, keepdim=True).expand_as(x)
+    count = torch.bincount(index).to(x)
+    sums = x.new_zeros(len(count), *x.shape[1:]).index_add(0, index, x)
+    return (sums / count.view(-1, *[1] * (x.dim() - 1)))[index]
 
 
 def _p(p: float) -> str:
