@@ -48,7 +48,7 @@ _FUNCTIONS: dict[Any, float] = {
 }
 """Function or method of one tensor -> its Lipschitz constant."""
 
-_SUMS = (operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "sub")
+_SUMS = (operator.add, operator.sub, torch.add, torch.sub, "add", "sub")
 _JOINS = (torch.cat, torch.stack)
 _MEANS = {torch.mean: -0.5, "mean": -0.5, torch.sum: 0.5, "sum": 0.5}
 """Reduction of n entries to one -> the power of n in its norm."""
@@ -120,15 +120,20 @@ def _trace(model: nn.Module, leaves: set[str], args: tuple[Any, ...], kwargs: di
                 raise
 
     try:
-        graph = Tracer().trace(model)
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         bound.apply_defaults()
+        fixed = {name: value for name, value in bound.arguments.items() if not list(tensors_in(value))}
+        graph = Tracer().trace(model, fixed)
         with torch.no_grad():
-            ShapeProp(fx.GraphModule(model, graph)).propagate(*bound.arguments.values())
+            found = ShapeProp(fx.GraphModule(model, graph)).propagate(*bound.arguments.values())
+            expected = model(*args, **kwargs)
     except Exception as error:  # whatever a forward that is no graph leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = where[0] if where else f"the model itself ({type(model).__name__})"
         raise Unbounded(f"the forward of {place} cannot be traced: {reason}") from None
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+    if not all(torch.allclose(here, there) for (_, here), (_, there) in pairs):
+        raise Unbounded("the forward cannot be traced: it takes another branch when it is")
     return graph
 
 
@@ -156,7 +161,7 @@ def _carry(model: nn.Module, node: fx.Node, reach: dict[fx.Node, float], known: 
         return abs(numbers[0]) * reach[moved[0]]
     if only is None:
         raise Unbounded(f"no Lipschitz constant is known of {_name(node)}, a product or the like")
-    if target in _FUNCTIONS:
+    if target in _FUNCTIONS and not node.kwargs.get("inplace"):
         return _FUNCTIONS[target] * only
     if target in _MEANS and (before := _shape(moved[0])) and (after := _shape(node)) is not None:
         return float((math.prod(before) / max(1, math.prod(after))) ** _MEANS[target] * only)
@@ -173,7 +178,9 @@ def _constant(layer: nn.Module) -> float | None:
     """Return an upper bound of the Lipschitz constant of a layer, None if its class is not known."""
     if type(layer).__module__ == "e3nn.o3._linear" and type(layer).__name__ == "Linear":
         return _e3nn_linear(layer)
-    constant = None if layer._forward_hooks or layer._forward_pre_hooks else _CONSTANTS.get(type(layer))
+    # in place, an activation changes what another branch may read
+    changed = layer._forward_hooks or layer._forward_pre_hooks or getattr(layer, "inplace", False)
+    constant = None if changed else _CONSTANTS.get(type(layer))
     return None if constant is None else constant(layer)
 
 

@@ -410,6 +410,26 @@ def test_the_bound_of_a_last_layer_is_the_gap(float64):
     assert found.projection_gap == pytest.approx(ace.projection_gap(model, torch.cat(data)), rel=1e-12)
 
 
+@torch.no_grad()
+def test_the_bound_is_attained(float64):
+    # half a turn about z takes the term x -> z e_x to its negative, and what follows stretches by 5
+    model = nn.Sequential(Matrix(torch.eye(3)), nn.Linear(3, 3, bias=False))
+    ace.relax(model, layers=Matrix, example=torch.randn(4, 5, 3))
+    term = model[0].relaxation
+    term.gamma.fill_(0.3)
+    term.term.map.weight.zero_()
+    term.term.map.bias.zero_()
+    assert term.term.map.weight.shape == (3, 3)
+    term.term.map.weight[0, 2] = 1.0
+    model[1].weight.copy_(5 * torch.eye(3))
+    x = torch.randn(40, 5, 3)
+    x[..., 2] = 0.7
+    found = ace.certify(model, [x], ace.Cyclic(2), inputs={0: "vector"}, outputs="vector").groups["C_2"]
+    size = model(x).square().sum((1, 2)).mean().sqrt()
+    assert found.float64.max == pytest.approx(2 * 5 * 0.3 * 0.7 * math.sqrt(5) / float(size), rel=1e-12)
+    assert found.bound.max == pytest.approx(found.float64.max, rel=1e-12)
+
+
 def norm(matrix):
     """Largest singular value."""
     return float(torch.linalg.matrix_norm(matrix.detach(), 2))
@@ -479,6 +499,8 @@ def test_constants_go_through_branches(float64):
             lambda self, x: x if self.a(x).sum() > 0 else self.a(x),
             r"the forward of the model itself \(Odd\) cannot be traced",
         ),
+        (lambda self, x: self.b(x) if isinstance(x, torch.Tensor) else self.a(x), "takes another branch"),
+        (lambda self, x: torch.relu_(self.a(x)), "operation 'relu_'"),
         (lambda self, x: self.bad(self.a(x)), r"the forward of bad \(Odd\) cannot be traced"),
     ],
 )
@@ -489,6 +511,24 @@ def test_what_has_no_constant_is_named(forward, message):
     model.bad = type("Odd", (nn.Module,), {"forward": lambda self, x: x if x.sum() > 0 else -x})()
     with pytest.raises(Unbounded, match=message):
         bound_after(model.eval(), "a", (torch.randn(4, 3),), {})
+
+
+class Optional(nn.Module):
+    """Reads an argument that may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, batch=None, scale=2.0):
+        y = self.a(x)
+        return self.b(y) if batch is None else scale * y
+
+
+def test_an_argument_left_out_is_left_out_of_the_trace():
+    model, x = Optional().eval(), torch.randn(4, 3)
+    assert bound_after(model, "a", (x,), {}) == pytest.approx(norm(model.b.weight), rel=1e-6)
+    assert bound_after(model, "a", (x,), {"batch": x, "scale": -4.0}) == 4.0
 
 
 def test_the_estimate_is_the_norm_of_the_jacobian(float64):
