@@ -11,6 +11,10 @@ from torch import nn
 
 from benchmarks.models.egnn import EGNN
 from benchmarks.models.egno import EGNO
+from benchmarks.models.forcefield import SchNetForces, SEGNNForces
+from benchmarks.models.molecular import MolecularSEGNN
+from benchmarks.models.nequip import NequIP
+from benchmarks.models.schnet import SchNet
 from benchmarks.models.segnn import SEGNN
 from benchmarks.models.vector import VectorNet
 
@@ -43,6 +47,26 @@ class ModelEntry:
         return self.package is None or find_spec(self.package) is not None
 
 
+def _schnet(build: Callable[..., nn.Module]) -> ModelEntry:
+    """Terms beside SchNet's convolutions, which see invariants only, read the positions as well."""
+    return ModelEntry(
+        build=build,
+        layers=("CFConv",),
+        read_types=lambda layer: f"{layer.lin1.in_features}x0e+1x1o",
+        write_types=lambda layer: f"{layer.lin2.out_features}x0e",
+        read_positions=lambda layer: slice(layer.lin1.in_features, layer.lin1.in_features + 3),
+    )
+
+
+def _segnn(build: Callable[..., nn.Module]) -> ModelEntry:
+    return ModelEntry(
+        build=build,
+        layers=("SEGNNLayer",),
+        read_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o+1x0e+1x1o",
+        write_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o",
+    )
+
+
 MODELS = {
     "egnn": ModelEntry(
         build=EGNN,
@@ -51,12 +75,12 @@ MODELS = {
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",  # h, pos
         read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
     ),
-    "segnn": ModelEntry(
-        build=SEGNN,
-        layers=("SEGNNLayer",),
-        read_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o+1x0e+1x1o",
-        write_types=lambda layer: f"{layer.multiplicity}x0e+{layer.multiplicity}x1o",
-    ),
+    "segnn": _segnn(SEGNN),
+    "segnn-molecular": _segnn(MolecularSEGNN),
+    "segnn-forces": _segnn(SEGNNForces),
+    "schnet": _schnet(SchNet),
+    "schnet-forces": _schnet(SchNetForces),
+    "nequip": ModelEntry(build=NequIP, layers=("Linear", "FullyConnectedTensorProduct"), package="nequip"),
     "egno": ModelEntry(
         build=EGNO,
         layers=("EGNNLayer",),

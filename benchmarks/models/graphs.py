@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -62,3 +63,32 @@ def centroid(pos: Tensor, batch: Tensor) -> Tensor:
                 [5., 5., 5.]])
     """
     return mean_by_target(pos, batch, int(batch[-1]) + 1).index_select(0, batch)
+
+
+def radius_graph(pos: Tensor, batch: Tensor, cutoff: float | None = None) -> Tensor:
+    """Join the nodes of each graph that are closer than a cutoff.
+
+    Args:
+        pos: Positions, shape (N, 3).
+        batch: Graph of each node, ascending from 0, shape (N,).
+        cutoff: Largest distance; None joins all nodes of a graph.
+
+    Returns:
+        Source and target of each edge, no node with itself, shape (2, E).
+
+    Example:
+        >>> import torch
+        >>> pos = torch.tensor([[0.0, 0, 0], [1.0, 0, 0], [3.0, 0, 0], [0.0, 0, 0]])
+        >>> radius_graph(pos, torch.tensor([0, 0, 0, 1]), cutoff=1.5)
+        tensor([[1, 0],
+                [0, 1]])
+    """
+    sizes = batch.bincount()
+    partners = sizes[batch]  # of each node, itself among them
+    target = torch.arange(len(batch), device=batch.device).repeat_interleave(partners)
+    place = torch.arange(len(target), device=batch.device) - (partners.cumsum(0) - partners)[target]
+    source = (sizes.cumsum(0) - sizes)[batch][target] + place
+    keep = source != target
+    if cutoff is not None:
+        keep &= torch.linalg.vector_norm(pos.detach()[source] - pos.detach()[target], dim=-1) < cutoff
+    return torch.stack((source, target))[:, keep]

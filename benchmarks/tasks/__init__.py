@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.data import explain_motion, find_motion
+from benchmarks.molecules import md_available, qm9_available
 from benchmarks.tasks.base import Batch, Task
 from benchmarks.tasks.broken import Broken
+from benchmarks.tasks.gravity import Gravity
+from benchmarks.tasks.md import MolecularDynamics
 from benchmarks.tasks.mocap import SUBJECTS, MotionCapture
 from benchmarks.tasks.nbody import NBody
+from benchmarks.tasks.qm9 import QM9
 
 __all__ = ["TASKS", "Batch", "Task", "TaskEntry"]
 
@@ -42,11 +46,14 @@ TASKS = {
     "broken": TaskEntry(Broken, ("vector",), _generated),
     "nbody": TaskEntry(NBody, ("egnn", "segnn"), _generated),
     "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn"), _generated),
+    "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn"), _generated),
     **{
         f"mocap-{motion}": TaskEntry(
             partial(MotionCapture, motion), ("egno", "egnn"), partial(_motion_available, subject)
         )
         for motion, subject in SUBJECTS.items()
     },
+    "qm9": TaskEntry(QM9, ("schnet", "segnn-molecular"), qm9_available),
+    "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip"), md_available),
 }
 """Name -> `TaskEntry`."""
