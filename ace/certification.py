@@ -27,6 +27,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +365,7 @@ class _Measurements:
             no_estimate=self.missing["estimate"],
             groups=groups,
             seed=self.seed,
-            versions={"ace": _version(), "torch": str(torch.__version__)},
+            versions={"ace": version("ace-equivariance"), "torch": str(torch.__version__)},
         )
 
 
@@ -382,12 +383,6 @@ def _errors(squares: Tensor, sizes: Tensor, confidence: float, seed: int) -> Err
         rms_interval=None if rms is None else (math.sqrt(rms[0]), math.sqrt(rms[1])),
         max=float(relative.max()),
     )
-
-
-def _version() -> str:
-    from ace import __version__  # here, since it is defined after this module is imported
-
-    return __version__
 
 
 def _to_float64(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ace.cli import main
 from benchmarks.locks import is_locked
 
 pytestmark = pytest.mark.usefixtures("cache")
-COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "data")
+COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "data", "certify", "diagnose")
 
 
 @pytest.fixture(scope="module")
