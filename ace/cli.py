@@ -22,6 +22,13 @@ from ace.errors import AceError
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all runs done; some run failed; wrong command line, configuration or data; interrupted."""
 
+DOWNLOADS = {
+    "mocap": ("data", "download_motion"),
+    "modelnet10": ("shapes", "download_modelnet10"),
+    "modelnet40": ("shapes", "download_modelnet40"),
+}
+"""Data that can be downloaded, to the module of the benchmarks and the function there that does it."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -300,15 +307,16 @@ def diagnose(
 
 @_command
 def data(
-    name: Annotated[str, typer.Argument(help="Which data: mocap.")],
+    name: Annotated[str, typer.Argument(help=f"Which data: {', '.join(DOWNLOADS)}.")],
 ) -> None:
-    """Download the data of a task and verify their checksum; other tasks generate theirs.
+    """Download the data of a task and verify their checksum; see ace tasks for what other tasks need.
 
     [bold]Example:[/bold]  ace data mocap
     """
-    if name != "mocap":
-        raise AceError(f"no data called {name!r} to download; there is: mocap")
-    print(_benchmarks("data").download_motion())
+    if name not in DOWNLOADS:
+        raise AceError(f"no data called {name!r} to download; there is: {', '.join(DOWNLOADS)}")
+    module, function = DOWNLOADS[name]
+    print(getattr(_benchmarks(module), function)())
 
 
 def _progress() -> Progress:

@@ -218,11 +218,12 @@ def relaxations(model: nn.Module) -> dict[str, Relaxation]:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module, recalibrate: Iterable[Any] | None = None) -> Iterator[None]:
     """Evaluate a relaxed model as ``restore`` would ship it: every γ acts as 0 inside the context.
 
     Args:
         model: A relaxed model.
+        recalibrate: Batches on which BatchNorm statistics are re-estimated for the while, as in ``restore``.
 
     Yields:
         Nothing.
@@ -242,12 +243,15 @@ def restored(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for gamma in gammas:
             gamma.zero_()
+    statistics = {buffer: buffer.clone() for norm in _norms(model) for buffer in norm.buffers(recurse=False)}
     try:
+        if recalibrate is not None:
+            _recalibrate(model, recalibrate)
         yield
     finally:
         with torch.no_grad():
-            for gamma, value in zip(gammas, before, strict=True):
-                gamma.copy_(value)
+            for tensor, value in [*zip(gammas, before, strict=True), *statistics.items()]:
+                tensor.copy_(value)
 
 
 def restore(relaxed: Model, example: Any = None, recalibrate: Iterable[Any] | None = None) -> Model:
@@ -547,11 +551,9 @@ def _detach(layer: nn.Module, name: str) -> None:
 @torch.no_grad()
 def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate running statistics as the plain average over the batches, whatever the class of BatchNorm."""
-    norms = [
-        m
-        for m in model.modules()
-        if hasattr(m, "running_mean") and isinstance(getattr(m, "momentum", None), float | None)
-    ]
+    norms = _norms(model)
+    if not norms:
+        return
     with evaluating(model):
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
@@ -564,6 +566,15 @@ def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "running_mean") and isinstance(getattr(module, "momentum", None), float | None)
+    ]
 
 
 def _flatten(output: Any) -> Tensor:

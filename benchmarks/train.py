@@ -42,6 +42,8 @@ ELEMENTS = 8
 """Group elements in the measurement of the equivariance error of the shipped model."""
 PROBE = 100
 """Samples in each measurement of the equivariance error during training, each moved by one element."""
+CALIBRATION = 10
+"""Training batches on which the statistics of BatchNorm are re-estimated where relaxation terms are taken off."""
 MEASURED = 1000
 """Samples in the measurement by sample of the shipped model, at most."""
 
@@ -105,7 +107,7 @@ def shipped_model(folder: Path) -> tuple[nn.Module, Task]:
         )
     training = _Training(load_run(folder / "config.yaml"), folder)
     training.select()
-    return training.method.finish(), training.task
+    return training.method.finish(training.calibration()), training.task
 
 
 def build_task(config: RunConfig) -> Task:
@@ -138,7 +140,7 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
 def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[tuple[int, Batch]]:
     """Iterate over the training batches without end.
 
-    The order within an epoch depends on (seed, epoch) and the augmentation on (seed, step).
+    The order within an epoch depends on (seed, epoch); what the task draws anew, and the augmentation, on (seed, step).
 
     Args:
         config: The run.
@@ -154,7 +156,7 @@ def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[
         if step == start or place == 0:
             order = task.batches("train", config.batch_size, shuffle_seed=derived_seed(config.seed, 0, epoch))
             batches = itertools.islice(order, place, None)
-        batch = next(batches)
+        batch = task.augment(next(batches), derived_seed(config.seed, 3, step))
         if config.augment:
             [element] = task.group.sample(1, derived_seed(config.seed, 1, step))
             batch = task.transform(batch, element)
@@ -259,8 +261,15 @@ class _Training:
         relaxed = self.task.evaluate(model, split)[metric]
         if _max_gamma(model) == 0:
             return relaxed, relaxed
-        with ace.restored(model):
+        with ace.restored(model, recalibrate=self.calibration()):
             return relaxed, self.task.evaluate(model, split)[metric]
+
+    def calibration(self) -> Iterator[dict[str, Tensor]] | None:
+        """Return training inputs for the statistics of BatchNorm without the terms; None where no term acts."""
+        if _max_gamma(self.method.model) == 0:
+            return None
+        batches = itertools.islice(training_batches(self.config, self.task), CALIBRATION)
+        return (batch.inputs for _, batch in batches)
 
     def equivariance_error(self, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> float:
         """Return the mean relative error over sampled elements of the task's group."""
@@ -327,7 +336,7 @@ class _Training:
         self.select()
         relaxed, restored = self.measure("test")
         selected = {"max_gamma": _max_gamma(model), "projection_gap": _gap(model, example)}
-        shipped = method.finish()
+        shipped = method.finish(self.calibration())
         measured = {
             f"{split}_{name}": value
             for split in ("test", *self.task.further_tests)

@@ -65,12 +65,16 @@ class Method(ABC):
         del error
         return True
 
-    def finish(self) -> nn.Module:
-        """Return the model that is shipped."""
+    def finish(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
+        """Return the model that is shipped.
+
+        Args:
+            recalibrate: Model inputs on which the statistics of BatchNorm are re-estimated where terms are taken off.
+        """
         if ace.relaxations(self.model) and not self.ships_relaxed:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConstraintNotMet)  # the summary has γ and the projection gap
-                ace.restore(self.model)
+                ace.restore(self.model, recalibrate=recalibrate)
         return self.model
 
     @abstractmethod

@@ -17,6 +17,7 @@ from benchmarks.models.nequip import NequIP
 from benchmarks.models.schnet import SchNet
 from benchmarks.models.segnn import SEGNN
 from benchmarks.models.vector import VectorNet
+from benchmarks.models.vn import VNDGCNN, VNPointNet
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def _segnn(build: Callable[..., nn.Module]) -> ModelEntry:
     )
 
 
+def _vector_neurons(build: Callable[..., nn.Module]) -> ModelEntry:
+    """Axial vectors (the cross products) count as vectors: the group of the point clouds has no reflections."""
+    return ModelEntry(
+        build=build,
+        layers=("VNBlock",),
+        read_types=lambda layer: f"{layer.channels_in}x1o",
+        write_types=lambda layer: f"{layer.channels_out}x1o",
+    )
+
+
 MODELS = {
     "egnn": ModelEntry(
         build=EGNN,
@@ -88,6 +99,8 @@ MODELS = {
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
         read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
     ),
+    "vn-pointnet": _vector_neurons(VNPointNet),
+    "vn-dgcnn": _vector_neurons(VNDGCNN),
     "vector": ModelEntry(
         build=VectorNet,
         layers=("VectorLayer",),

@@ -140,6 +140,7 @@ class VNBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
+        self.channels_in, self.channels_out = channels_in, channels_out
         self.linear = VNLinear(channels_in, channels_out)
         self.norm = VNBatchNorm(channels_out)
         self.activation = VNLeakyReLU(channels_out)

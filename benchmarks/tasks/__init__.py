@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.data import explain_motion, find_motion
+from benchmarks import shapes
+from benchmarks.data import explain_file, explain_motion, find_file, find_motion
 from benchmarks.molecules import md_available, qm9_available
 from benchmarks.tasks.base import Batch, Task
 from benchmarks.tasks.broken import Broken
 from benchmarks.tasks.gravity import Gravity
 from benchmarks.tasks.md import MolecularDynamics
 from benchmarks.tasks.mocap import SUBJECTS, MotionCapture
+from benchmarks.tasks.modelnet import ModelNet
 from benchmarks.tasks.nbody import NBody
 from benchmarks.tasks.qm9 import QM9
 
@@ -42,6 +44,10 @@ def _motion_available(subject: str) -> tuple[bool, str]:
     return (True, "") if find_motion(subject) else (False, explain_motion(subject))
 
 
+def _file_available(relative: str, how: str) -> tuple[bool, str]:
+    return (True, "") if find_file(relative) else (False, explain_file(relative, how))
+
+
 TASKS = {
     "broken": TaskEntry(Broken, ("vector",), _generated),
     "nbody": TaskEntry(NBody, ("egnn", "segnn"), _generated),
@@ -52,6 +58,14 @@ TASKS = {
             partial(MotionCapture, motion), ("egno", "egnn"), partial(_motion_available, subject)
         )
         for motion, subject in SUBJECTS.items()
+    },
+    **{
+        f"modelnet{classes}": TaskEntry(
+            partial(ModelNet, classes),
+            ("vn-pointnet", "vn-dgcnn"),
+            partial(_file_available, shapes.FILES[classes], shapes.HOW[classes]),
+        )
+        for classes in shapes.FILES
     },
     "qm9": TaskEntry(QM9, ("schnet", "segnn-molecular"), qm9_available),
     "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip"), md_available),

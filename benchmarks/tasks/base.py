@@ -84,6 +84,19 @@ class Task(ABC):
         for chosen in order.split(batch_size):
             yield self.collate(split, chosen)
 
+    def augment(self, batch: Batch, seed: int) -> Batch:
+        """Draw anew what is random in a training batch, such as its degradation; here nothing is.
+
+        Args:
+            batch: A batch of the training split.
+            seed: Seed of all that is drawn: derived from that of the run and the number of the step.
+
+        Returns:
+            The batch to train on.
+        """
+        del seed
+        return batch
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Training loss, a tensor without axes; here the mean squared error over all entries."""
         assert isinstance(batch.target, Tensor)
