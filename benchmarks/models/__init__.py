@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.models.cnn import CNN
 from benchmarks.models.egnn import EGNN
 from benchmarks.models.egno import EGNO
 from benchmarks.models.forcefield import SchNetForces, SEGNNForces
@@ -16,6 +17,7 @@ from benchmarks.models.molecular import MolecularSEGNN
 from benchmarks.models.nequip import NequIP
 from benchmarks.models.schnet import SchNet
 from benchmarks.models.segnn import SEGNN
+from benchmarks.models.steerable import SteerableClassifier, SteerableFlow
 from benchmarks.models.vector import VectorNet
 from benchmarks.models.vn import VNDGCNN, VNPointNet
 
@@ -99,6 +101,9 @@ MODELS = {
         write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
         read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
     ),
+    "c8cnn": ModelEntry(build=SteerableClassifier, layers=("R2Conv",), package="escnn"),
+    "c4cnn": ModelEntry(build=SteerableFlow, layers=("R2Conv",), package="escnn"),
+    "cnn": ModelEntry(build=CNN, layers=()),  # not equivariant: a reference for the strict method
     "vn-pointnet": _vector_neurons(VNPointNet),
     "vn-dgcnn": _vector_neurons(VNDGCNN),
     "vector": ModelEntry(

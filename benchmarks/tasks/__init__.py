@@ -9,6 +9,7 @@ from functools import partial
 from benchmarks import shapes
 from benchmarks.data import explain_file, explain_motion, find_file, find_motion
 from benchmarks.molecules import md_available, qm9_available
+from benchmarks.tasks import rotmnist, smoke
 from benchmarks.tasks.base import Batch, Task
 from benchmarks.tasks.broken import Broken
 from benchmarks.tasks.gravity import Gravity
@@ -67,6 +68,8 @@ TASKS = {
         )
         for classes in shapes.FILES
     },
+    "rotmnist": TaskEntry(rotmnist.Digits, ("c8cnn",), partial(_file_available, rotmnist.FILE, rotmnist.HOW)),
+    "smoke2d": TaskEntry(smoke.Smoke, ("c4cnn", "cnn"), partial(_file_available, smoke.FILE, smoke.HOW)),
     "qm9": TaskEntry(QM9, ("schnet", "segnn-molecular"), qm9_available),
     "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip"), md_available),
 }

@@ -1,0 +1,235 @@
+"""The digits task: samples against their definition; the steerable classifier, where escnn is installed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ace
+from ace.errors import ConfigError, ConstraintNotMet, DataError
+from benchmarks import data, train
+from benchmarks.config import load_run
+from benchmarks.models import MODELS
+from benchmarks.tasks import TASKS
+from benchmarks.tasks.rotmnist import ARRAYS, FILE, Digits
+
+real_data = pytest.mark.skipif(not os.environ.get("ACE_DATA"), reason="ACE_DATA is not set")
+needs_escnn = pytest.mark.skipif(find_spec("escnn") is None, reason="escnn has an environment of its own")
+C4 = {"inputs": {"images": "image"}, "outputs": "scalar"}
+SIDE = 8
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Thirty digits of 8 × 8 pixels, their splits mixed."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        "image": generator.integers(0, 256, (30, SIDE, SIDE)).astype(np.uint8),
+        "rotated": generator.integers(0, 256, (30, SIDE, SIDE)).astype(np.uint8),
+        "label": generator.integers(0, 10, 30).astype(np.uint8),
+        "split": generator.permutation(np.repeat(np.arange(3), [18, 5, 7])).astype(np.uint8),
+    }
+    monkeypatch.delenv("ACE_DATA", raising=False)
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path))
+    monkeypatch.setitem(data.CHECKSUMS, "mnist10k_rot", data.checksum(arrays))
+    data.save_arrays(tmp_path / FILE, arrays)
+    return arrays
+
+
+class Bins(nn.Module):
+    """Class of an image by the mean of its pixels, as logits."""
+
+    def forward(self, images):
+        mean = images.mean((1, 2, 3))
+        return -(mean[:, None] - torch.linspace(0.5, 1.2, 10)).square()
+
+
+@pytest.mark.parametrize("images", ["upright", "rotated"])
+@pytest.mark.parametrize("test", ["upright", "rotated"])
+def test_samples_are_the_definition(made_up, images, test):
+    task = Digits(images, test, train=11)
+    stored = {"upright": made_up["image"] / 255, "rotated": made_up["rotated"] / 255}
+    rows = {
+        split: [i for i in range(30) if made_up["split"][i] == number]
+        for split, number in (("train", 0), ("valid", 1), ("test", 2))
+    }
+    rows["train"] = rows["train"][:11]
+    scale = np.sqrt(np.mean([stored[images][i] ** 2 for i in rows["train"]]))
+    for split, numbers in rows.items():
+        batches = list(task.batches(split, 4))
+        assert task.size(split) == len(numbers) == sum(map(len, batches))
+        expected = np.stack([stored[test if split == "test" else images][i] for i in numbers])[:, None] / scale
+        found = torch.cat([batch.inputs["images"] for batch in batches])
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert torch.cat([batch.target for batch in batches]).tolist() == made_up["label"][numbers].tolist()
+
+
+@pytest.mark.usefixtures("made_up")
+def test_loss_and_metrics_count_one_digit_at_a_time():
+    task, model = Digits(train=18), Bins()
+    losses, wrong = [], []
+    for batch in task.batches("train", 1):
+        logits = [float(z) for z in model(**batch.inputs)[0].double()]
+        label = int(batch.target)
+        losses.append(np.log(sum(np.exp(z) for z in logits)) - logits[label])
+        wrong.append(max(logits) > logits[label])
+    assert 0 < sum(wrong) < 18
+    [whole] = task.batches("train", 18)
+    assert float(task.loss(model, whole)) == pytest.approx(np.mean(losses), rel=1e-5)
+    task.evaluation_batch = 5
+    error = np.mean(wrong)
+    assert task.evaluate(model, "train") == {"error": pytest.approx(error), "accuracy": pytest.approx(1 - error)}
+
+
+@pytest.mark.usefixtures("made_up")
+def test_the_group_turns_images_and_leaves_labels():
+    task = Digits(train=18)
+    batch = next(task.batches("train", 4))
+    elements = task.group.sample(4, seed=1)
+    moved = task.transform(batch, *elements)
+    quarters = [round(float(torch.atan2(g.plane[1, 0], g.plane[0, 0]) / (torch.pi / 2))) % 4 for g in elements]
+    assert sorted(quarters) == [0, 1, 2, 3]
+    for number, turns in enumerate(quarters):
+        image = batch.inputs["images"][number, 0].numpy()
+        # from x (columns) to y (rows, downwards): clockwise as numpy shows it
+        np.testing.assert_array_equal(moved.inputs["images"][number, 0], np.rot90(image, -turns))
+    assert torch.equal(moved.target, batch.target)
+    assert float(task.loss(Bins(), moved)) == pytest.approx(float(task.loss(Bins(), batch)), rel=1e-6)
+    assert len({tuple(g.plane.flatten().tolist()) for g in Digits(train=18, order=8).group.sample(8)}) == 8
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize("size", [0, 19])
+def test_impossible_sizes(size):
+    with pytest.raises(ConfigError, match=f"train={size}: there are 1 to 18"):
+        Digits(train=size)
+
+
+def test_missing_and_altered_data(made_up, tmp_path, monkeypatch):
+    entry = TASKS["rotmnist"]
+    assert entry.available() == (True, "")
+    made_up["label"][0] ^= 1
+    data.save_arrays(tmp_path / FILE, made_up)
+    with pytest.raises(DataError, match="does not hold the published numbers of mnist10k_rot"):
+        entry.factory()
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "nowhere"))
+    available, message = entry.available()
+    assert not available
+    assert "mnist10k_rot.npz was looked for" in message
+    assert "rotate(image, angle" in message
+
+
+@pytest.fixture
+def classifier():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escnn, at import
+        return MODELS["c8cnn"].build(fields=2, hidden=8)
+
+
+@needs_escnn
+def test_the_classifier_is_equivariant_before_and_after(classifier):
+    images = torch.rand(3, 1, 12, 12)
+    classifier(images)  # batch norm moves off its start
+    keys = list(classifier.state_dict())
+    assert not any("filter" in key for key in keys)
+    with torch.no_grad():
+        before = copy.deepcopy(classifier).eval()(images)
+    plain = ace.equivariance_error(classifier, images, ace.Cyclic(4), dtype=torch.float64, **C4)
+    assert plain.max < 1e-6  # escnn keeps its kernels in float32
+    relaxed = ace.relax(classifier, example=images, layers=lambda path, module: type(module).__name__ == "R2Conv")
+    assert len(ace.relaxations(relaxed)) == 3
+    for relaxation in ace.relaxations(relaxed).values():
+        for weights in relaxation.term.parameters():
+            weights.data += 0.1 * torch.randn_like(weights)
+    assert ace.equivariance_error(relaxed, images, ace.Cyclic(4), **C4).max > 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstraintNotMet)
+        restored = ace.restore(relaxed)
+    assert restored is classifier
+    assert list(restored.state_dict()) == keys
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(restored).eval()(images), before)
+    assert ace.equivariance_error(restored, images, ace.Cyclic(4), dtype=torch.float64, **C4).max < 1e-6
+
+
+@needs_escnn
+def test_turns_by_an_eighth_are_as_good_as_the_pixels(classifier):
+    """Blobs of a few pixels, turned exactly: far closer to each other than a plain network puts them."""
+
+    def blobs(angle):
+        x = torch.linspace(-1.5, 1.5, 24)
+        turn = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).float()
+        centres = torch.tensor([[0.7, 0.1], [-0.3, 0.6], [-0.2, -0.5]]) @ turn.T
+        square = (x[None, None, :] - centres[:, 0, None, None]) ** 2 + (
+            x[None, :, None] - centres[:, 1, None, None]
+        ) ** 2
+        return torch.exp(-square / 0.08).sum(0)[None, None]
+
+    classifier.train()
+    for _ in range(50):
+        classifier(torch.cat([blobs(angle) for angle in (0.0, 0.4, 1.1)]))
+    plain = nn.Sequential(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.Conv2d(16, 16, 5), nn.Flatten(), nn.Linear(4096, 10))
+
+    def change(model):
+        with torch.no_grad():
+            here, there = (model(blobs(angle)) for angle in (0.0, np.pi / 4))
+            return float((here - there).norm() / here.norm())
+
+    with torch.no_grad():
+        classifier.eval()
+    assert change(classifier) < 0.05
+    assert change(plain) > 3 * change(classifier)
+
+
+@needs_escnn
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["ace", "strict"])
+def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path, method):
+    words = f"method={method} model.fields=1 model.hidden=4 steps=4 batch_size=6 eval_every=2 checkpoint_every=2"
+    config = load_run("rotmnist", [*words.split(), "task.train=18"])
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    whole = train.run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, tmp_path / "cut", stop)
+    cut = train.run(config, tmp_path / "cut")
+    for key in whole:
+        if not key.startswith(("seconds", "cpu_seconds", "peak", "git")):
+            assert cut[key] == whole[key], key
+    assert whole["equivariance_error_float64"] < 1e-6
+
+
+@pytest.mark.data
+@real_data
+def test_real_sizes_baselines_and_recipe():
+    """Nearest class mean; and what the file is made of, as the message about a missing file says."""
+    for images, expected in (("upright", 0.202), ("rotated", 0.533)):
+        task = Digits(images, images)
+        assert tuple(task.size(split) for split in ("train", "valid", "test")) == (8000, 1000, 1000)
+        [seen], [new] = task.batches("train", 8000), task.batches("test", 1000)
+        x = seen.inputs["images"].flatten(1)
+        means = torch.stack([x[seen.target == digit].mean(0) for digit in range(10)])
+        nearest = torch.cdist(new.inputs["images"].flatten(1), means).argmin(1)
+        assert float((nearest != new.target).double().mean()) == pytest.approx(expected, abs=0.002)
+        torch.testing.assert_close(seen.inputs["images"].square().mean(), torch.tensor(1.0))
+    ndimage = pytest.importorskip("scipy.ndimage")
+    arrays = data.load_file(FILE, ARRAYS, "")
+    generator = np.random.default_rng(20250531)
+    order, angles = generator.permutation(10_000), generator.uniform(0, 360, 10_000).astype(np.float32)
+    np.testing.assert_array_equal(arrays["label"], np.sort(arrays["label"])[order])
+    np.testing.assert_array_equal(arrays["split"], np.repeat([0, 1, 2], [8000, 1000, 1000]))
+    for i in range(0, 10_000, 500):
+        turned = ndimage.rotate(arrays["image"][i].astype(float), float(angles[i]), order=1, reshape=False)
+        assert np.abs(arrays["rotated"][i] - turned).max() <= 0.5 + 1e-6
