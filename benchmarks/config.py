@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ace.errors import ConfigError
 from benchmarks.models import MODELS
@@ -109,6 +109,23 @@ class CosineDecay(_Decay):
     name: Literal["cosine-decay"]
 
 
+def _number(value: Any) -> Any:
+    """Read what YAML takes for a word, such as 1e-3, as the number that it is."""
+    try:
+        return float(value) if isinstance(value, str) and value.lstrip("+-")[:1].isdigit() else value
+    except ValueError:
+        return value
+
+
+class Controlled(_Relaxing):
+    """γ as ``controller`` sets it, a class ``module:Class``; shipped without the terms if ``restore``."""
+
+    name: Literal["controlled"]
+    controller: str = "benchmarks.methods.controllers:Descent"
+    options: dict[str, Annotated[Any, BeforeValidator(_number)]] = {}
+    restore: bool = False
+
+
 class Cr(_Frozen):
     """γ on a triangle 0, 1, 0 and a Lie-derivative regulariser of this weight; restored is shipped."""
 
@@ -183,6 +200,7 @@ CHOICES: dict[str, dict[str, type[_Frozen]]] = {
         "ace-paper": AcePaper,
         "linear-decay": LinearDecay,
         "cosine-decay": CosineDecay,
+        "controlled": Controlled,
         "cr": Cr,
         "cr-norm": CrNorm,
         "penalty": Penalty,

@@ -47,8 +47,8 @@ CALIBRATION = 10
 MEASURED = 1000
 """Samples in the measurement by sample of the shipped model, at most."""
 
-SWEPT = ("eps", "rho", "measure", "weight", "final")
-"""Options of methods that trade the task against the symmetry."""
+SWEPT = ("eps", "rho", "measure", "weight", "final", "controller", "options")
+"""Options of methods that trade the task against the symmetry, or say what decides about it."""
 
 Progress = Callable[[int], None]
 

@@ -26,7 +26,7 @@ TINY = (
 )
 METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "ace-paper", "cr")  # of the smoke suite
 RIVALS = ("augmentation", "linear-decay", "cosine-decay", "cr-norm", "penalty", "rpp", "projection", "remul")
-RIVALS += ("remul-gradnorm",)
+RIVALS += ("remul-gradnorm", "controlled")
 
 
 def tiny(*words: str) -> RunConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.methods.base import Method, Strict
+from benchmarks.methods.base import Method, Strict, Unconstrained
 from benchmarks.methods.constrained import Ace, AcePaper, AceResilient, AceTolerance
+from benchmarks.methods.controllers import Controlled
 from benchmarks.methods.rivals import (
     Augmentation,
     CosineDecay,
@@ -15,7 +16,6 @@ from benchmarks.methods.rivals import (
     Remul,
     RemulGradNorm,
     Rpp,
-    Unconstrained,
 )
 
 METHODS: dict[str, type[Method]] = {
@@ -28,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "ace-paper": AcePaper,
     "linear-decay": LinearDecay,
     "cosine-decay": CosineDecay,
+    "controlled": Controlled,
     "cr": Cr,
     "cr-norm": CrNorm,
     "penalty": Penalty,

@@ -145,3 +145,15 @@ class Strict(Method):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["done"]
+
+
+class Unconstrained(Strict):
+    """The relaxed model with γ = 1 throughout, shipped with its terms."""
+
+    ships_relaxed = True
+
+    def setup(self) -> None:  # noqa: D102
+        self.relax()
+        for relaxation in ace.relaxations(self.model).values():
+            relaxation.gamma.requires_grad_(False)
+        super().setup()

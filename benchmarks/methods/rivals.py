@@ -11,22 +11,11 @@ from torch import Tensor
 
 import ace
 from ace.relaxation import measuring
-from benchmarks.methods.base import Strict, derived_seed
+from benchmarks.methods.base import Unconstrained, derived_seed
+from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
 from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer
 from benchmarks.tasks import Batch
-
-
-class Unconstrained(Strict):
-    """The relaxed model with γ = 1 throughout, shipped with its terms."""
-
-    ships_relaxed = True
-
-    def setup(self) -> None:  # noqa: D102
-        self.relax()
-        for relaxation in ace.relaxations(self.model).values():
-            relaxation.gamma.requires_grad_(False)
-        super().setup()
 
 
 class Augmentation(Unconstrained):
@@ -42,7 +31,7 @@ class Augmentation(Unconstrained):
         return self.task.transform(batch, *self.task.group.sample(len(batch), seed))
 
 
-class Scheduled(Unconstrained):
+class Scheduled(Controlled):
     """γ of all layers follows a curve; shipped with its terms only if the curve ends above 0."""
 
     def setup(self) -> None:  # noqa: D102
@@ -53,20 +42,12 @@ class Scheduled(Unconstrained):
         """Return γ after this share of the steps."""
         raise NotImplementedError
 
+    def make_controller(self) -> Controller:  # noqa: D102
+        return Schedule(self.strength)
+
     def admits(self, error: float) -> bool:  # noqa: D102
         del error  # on the way down the relaxed model is not yet what the method makes
         return not self.ships_relaxed or self.strength(self.done / self.config.steps) == self.strength(1.0)
-
-    def step(self, batch: Batch) -> Any:  # noqa: D102
-        gamma = self.strength((self.done + 1) / self.config.steps)
-        for relaxation in ace.relaxations(self.model).values():
-            relaxation.gamma.fill_(gamma)
-        loss = self.task.loss(self.model, batch)
-        return self.descend(loss, loss + self.price())
-
-    def price(self) -> Tensor | float:
-        """Return what is added to the task loss after its forward pass."""
-        return 0.0
 
 
 class LinearDecay(Scheduled):
