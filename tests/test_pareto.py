@@ -1,0 +1,69 @@
+import math
+
+import pandas as pd
+import pytest
+
+from benchmarks.studies import pareto
+
+
+def runs(method, points, seeds=(0, 1)):
+    """Rows of a method: setting -> (error, test error of seed 0); that of seed 1 is twice as large."""
+    return pd.DataFrame(
+        {
+            "task": "broken",
+            "model": "vector",
+            "method": method,
+            "setting": setting,
+            "value": float(setting.partition("=")[2] or 0),
+            "seed": seed,
+            "steps": 10,
+            "equivariance_rms": error,
+            "equivariance_p95": 2 * error,
+            "test_shipped": test * (1 + seed),
+            "cpu_ms_per_step": 1.0,
+        }
+        for setting, (error, test) in points.items()
+        for seed in seeds
+    )
+
+
+STRICT = runs("strict", {"": (1e-7, 4.0)})
+PENALTY = runs("penalty", {"weight=1": (0.2, 1.0), "weight=2": (0.1, 2.0), "weight=9": (0.01, 3.0)})
+
+
+def joined(*frames):
+    return pareto.complete(pd.concat(frames, ignore_index=True))
+
+
+def test_seeds_are_compared_with_strict_training_from_the_same_seed():
+    frame = joined(STRICT, PENALTY)
+    assert frame.groupby("setting")["relative"].agg(["min", "max"]).loc["weight=1"].tolist() == [0.25, 0.25]
+
+
+def test_a_seed_of_which_a_setting_is_missing_does_not_count():
+    frame = joined(STRICT, runs("penalty", {"weight=1": (0.2, 1.0)}, seeds=(1,)))
+    assert set(frame["seed"]) == {1}
+    assert len(frame) == 2
+
+
+def test_fronts_are_joined_where_settings_are_near():
+    frame = joined(STRICT, PENALTY)
+    penalty = frame[frame["method"] == "penalty"]
+    assert pareto.at_error(penalty, 0.1) == 0.5
+    assert pareto.at_error(penalty, math.sqrt(0.1 * 0.2)) == pytest.approx(0.375)  # half way on a logarithmic axis
+    assert pareto.at_error(penalty, 0.05) == 0.75  # 0.01 and 0.1 are too far apart to say what lies between
+    assert pareto.at_error(penalty, 1.0) == 0.25
+    assert pareto.at_error(penalty, 0.001) == 1.0  # as strict
+
+
+def test_the_table_counts_the_kept_tolerances_and_names_the_best_rival():
+    frame = joined(STRICT, PENALTY, runs("ace-tolerance", {"eps=0.1": (0.1, 1.0), "eps=0.05": (0.06, 3.6)}))
+    *_, loose, tight = sorted(pareto.tolerances(frame).splitlines()[2:], reverse=True)
+    assert loose.startswith("| 0.1 | 2 of 2 | 0.1 | 0.1 | 0.2 | 1.5 | 0.250 ± 0 | 0.500 (penalty) |")
+    assert tight.startswith("| 0.05 | 0 of 2 | 0.06 |")
+    assert tight.endswith("0.750 (penalty) |")
+
+
+def test_a_figure_shows_every_method(tmp_path):
+    pareto.draw(joined(STRICT, PENALTY), tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 5000
