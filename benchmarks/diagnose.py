@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ace
 from benchmarks.config import RunConfig
+from benchmarks.methods.base import derived_seed
 from benchmarks.models import MODELS
 from benchmarks.tasks import Batch, Task
 from benchmarks.train import build_model, build_task
@@ -29,7 +30,8 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[Batch]:
         seed = int(torch.randint(2**31, ()))  # the random state is that of the diagnosis
-        return self.task.batches("train", self.batch_size, shuffle_seed=seed)
+        order = self.task.batches("train", self.batch_size, shuffle_seed=seed)
+        return (self.task.augment(batch, derived_seed(seed, number)) for number, batch in enumerate(order))
 
 
 def diagnose(

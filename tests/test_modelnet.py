@@ -18,7 +18,9 @@ from ace.errors import ConfigError, DataError
 from ace.groups import SO3
 from benchmarks import data, shapes
 from benchmarks.config import load_run
+from benchmarks.diagnose import Shuffled
 from benchmarks.models import MODELS
+from benchmarks.models.vn import VNBlock
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.modelnet import ModelNet, centred, rotated
 from benchmarks.train import CALIBRATION, build_model, build_task, run, training_batches
@@ -413,6 +415,23 @@ def test_batches_are_drawn_anew_in_each_step_and_alike_from_any_start():
         assert torch.equal(next(training_batches(config, task, start))[1].inputs["points"], seen[start])
     kept = next(task.batches("train", 8))
     assert not torch.equal(*(task.augment(kept, seed).inputs["points"] for seed in (0, 1)))
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_diagnosis_trains_on_clouds_drawn_anew_too():
+    task = ModelNet(10, points=20, valid=10, dropout=0.5)
+    torch.manual_seed(0)
+    first, second, again = (next(iter(Shuffled(task, 50))) for _ in range(3))
+    assert first.inputs["points"].shape == (50, 10, 3)
+    assert not torch.equal(first.inputs["points"].sort(0).values, second.inputs["points"].sort(0).values)
+    assert not torch.equal(second.inputs["points"], again.inputs["points"])
+    torch.manual_seed(0)
+    assert torch.equal(next(iter(Shuffled(task, 50))).inputs["points"], first.inputs["points"])
+
+
+def test_a_term_beside_vector_neurons_needs_an_example(task):
+    with pytest.raises(ace.errors.NotAttachable, match="example"):
+        ace.relax(build("vn-pointnet", task), layers=VNBlock)
 
 
 class Killed(BaseException):

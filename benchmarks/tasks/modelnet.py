@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ace
-from ace.errors import ConfigError
+from ace.errors import ConfigError, NotAttachable
 from ace.groups import SO2, SO3
 from ace.probing import evaluating
 from ace.terms import DenseTerm, Port, Site, Write
@@ -189,7 +189,8 @@ def vector_term(site: Site) -> DenseTerm:
     The layout is known, so it is not left to be read off an example: that takes one point whose nearest neighbours
     change by rounding for a broken symmetry.
     """
-    assert site.call is not None  # the suite always relaxes with an example
+    if site.call is None:
+        raise NotAttachable("the axes of its tensors are counted from the end: pass relax(..., example=batch)")
     layer: Any = site.layer
     dim = site.call.args[0].dim()
     axes = (1 - dim, 2 - dim)  # channels and components of (B, C, 3, ...)
