@@ -26,6 +26,8 @@ DOWNLOADS = {
     "mocap": ("data", "download_motion"),
     "modelnet10": ("shapes", "download_modelnet10"),
     "modelnet40": ("shapes", "download_modelnet40"),
+    "qm9": ("molecules", "download_qm9"),
+    "md": ("molecules", "download_md"),
 }
 """Data that can be downloaded, to the module of the benchmarks and the function there that does it."""
 

@@ -22,11 +22,11 @@ def building() -> Iterator[None]:
 
     It seeds all generators and makes float64 the default.
     """
-    from nequip.utils.global_state import set_global_state
-
     usual, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:
+            from nequip.utils.global_state import set_global_state  # importing draws random numbers as well
+
             set_global_state()
             torch.set_default_dtype(torch.float64)  # the first call did, later ones do not
             yield
@@ -50,12 +50,12 @@ class NequIPEnergy(nn.Module):
     """
 
     def __init__(self, num_layers: int, l_max: int, num_features: int, r_max: float, avg_num_neighbors: float) -> None:
-        from nequip.model import NequIPGNNModel
-
         super().__init__()
         self.r_max = r_max
         seed = int(torch.randint(2**31, ()))
         with building():
+            from nequip.model import NequIPGNNModel
+
             self.network = NequIPGNNModel(
                 seed=seed,
                 model_dtype="float64",
