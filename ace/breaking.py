@@ -299,14 +299,12 @@ class _Probe:
     def predict(self, fits: list[_Fit], move: _Move, back: _Move) -> list[Tensor]:
         """Predict the residuals of the moved samples, and move them back."""
         x = self.features(move)
-        predictions = []
-        for fit in fits:
-            prediction = torch.empty_like(self.residual)
-            for number, weights in enumerate(fit):
-                here = self.block == number
-                prediction[here] = (x[here] @ weights).view_as(prediction[here])
-            predictions.append(back(prediction, self.rows.kind))
-        return predictions
+        width = self.residual.flatten(1).shape[1]
+        predictions = x.new_empty(len(x), width * len(fits))
+        for number, weights in enumerate(zip(*fits, strict=True)):
+            here = self.block == number
+            predictions[here] = x[here] @ torch.cat(weights, 1)
+        return [back(part.reshape(self.residual.shape), self.rows.kind) for part in predictions.split(width, 1)]
 
     def average(self, group: Group | None, fits: list[_Fit], seed: int = 0) -> list[Tensor]:
         """Average predictions over elements of the group."""
@@ -354,6 +352,6 @@ def _ridge(grams: list[list[Tensor]], blocks: Iterable[int], penalties: Iterable
     square = torch.stack([grams[number][0] for number in chosen]).sum(0)
     product = torch.stack([grams[number][1] for number in chosen]).sum(0)
     unit = square.diagonal().clamp_min(1e-300).sqrt()[:, None]
-    values, axes = torch.linalg.eigh(square / unit / unit.T)
-    inside = axes.T @ (product / unit)
-    return [axes @ (inside / (values.clamp_min(0) + penalty)[:, None]) / unit for penalty in penalties]
+    square, product = square / unit / unit.T, product / unit
+    identity = torch.eye(len(square), dtype=square.dtype)
+    return [torch.linalg.solve(square + penalty * identity, product) / unit for penalty in penalties]

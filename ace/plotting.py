@@ -285,10 +285,9 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -
 
         gram = np.array(diagnosis["rotations"])
         sizes = np.sqrt(np.clip([*np.diag(gram), *np.linalg.eigvalsh(gram)], 0, None))
-        found = ["(found axis)" if diagnosis["axis"] else "least", "middle", "most"]
+        found = ["least", "middle", "most"]
         axes.bar(["x", "y", "z", *found], sizes, color=[_COLOURS[0]] * 3 + [_COLOURS[4]] * 3)
-        axes.tick_params(axis="x", rotation=30)
-        axes.set_ylabel("relative Lie derivative about the axis")
+        axes.set(ylabel="Lie derivative", xlabel="about the axis")
 
         for place, finding in enumerate(diagnosis["findings"]):
             groups.barh(place, 100 * finding["excess"], color=colours[finding["verdict"]])
@@ -298,7 +297,7 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -
         )
         groups.axvline(0, color="0.3", linewidth=0.8)
         key = [Line2D([], [], color=colour, linewidth=5, label=verdict) for verdict, colour in colours.items()]
-        groups.legend(handles=key)
+        figure.legend(handles=key, loc="outside right upper")
         image = io.BytesIO()
         figure.savefig(image, format=path.suffix[1:])
     replace_file(path, image.getvalue())

@@ -133,7 +133,7 @@ def _angle(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 def pending(frame: pd.DataFrame, parts: list[str]) -> Iterator[tuple[str, Setting]]:
     """The runs that have no row yet."""
-    done = {_key(row) for row in frame.fillna("").to_dict("records")}
+    done = {_key(row) for row in frame.astype(object).fillna("").to_dict("records")}
     for part in parts:
         for setting in settings()[part]:
             if _key({"part": part, **setting}) not in done:
@@ -185,7 +185,8 @@ def report(frame: pd.DataFrame) -> str:
         )
     lines += ["", "### Tasks", "", "| task | seed | n | p | excess | broken | kept | undecided | axis | strict costs |"]
     lines.append("|---" * 10 + "|")
-    for row in frame[frame["part"] == "tasks"].fillna("").sort_values(["task", "seed"]).to_dict("records"):
+    tasks = frame[frame["part"] == "tasks"].sort_values(["task", "seed"])
+    for row in tasks.astype(object).fillna("").to_dict("records"):
         lines.append(
             f"| {row['task']} | {row['seed']} | {row['samples']} | {row['p']:.2g} | {row['excess']:+.1%} "
             f"| {row['broken']} | {row['kept']} | {row['undecided']} | {row['axis_found']} | {row['cost']:+.0%} |"
