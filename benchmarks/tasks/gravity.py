@@ -95,8 +95,10 @@ class Gravity(Dynamics):
 
     Inputs are positions and velocities at step 3000, h = |v| and, on the edges from the six nearest particles to each,
     the product of the masses, which is 1; the target are the positions at step 4000. Metric ``mse``: mean squared
-    error per coordinate. For scale: no motion has 1.54, x + v t has 15.0. The data are generated once and kept in the cache folder, checksum beside them: about
-    0.2 seconds for each sample of 100 particles.
+    error per coordinate. For scale: no motion has 1.54, x + v t has 15.0.
+
+    The data are generated once and kept in the cache folder, checksum beside them: about 0.2 seconds for each sample
+    of 100 particles.
 
     The published sizes are 10,000 / 2,000 / 2,000, from a generator that draws system by system; this one draws all
     of a split at once, so statistics agree with the published data and samples do not.
