@@ -42,18 +42,21 @@ WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
 .venvs/%/.installed: tests/hosts/environments/%.txt pyproject.toml
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install -r $<
-	.venvs/$*/bin/python -m pip install -c $< -e .
+	.venvs/$*/bin/python -m pip install -c $< -e '.[bench]'
 	$(if $(WITHOUT_REQUIREMENTS_$*),.venvs/$*/bin/python -m pip install --no-deps $(WITHOUT_REQUIREMENTS_$*))
 	@touch $@
 
 # An environment of one library runs the tests and the page of that library; the shared one runs all it can import.
 # $(1): options of pytest. The tests of a library that has an environment of its own run there, all others in "shared".
+# The benchmark models made of escnn's layers are tested with it.
+WITH_ESCNN := tests/test_rotmnist.py tests/test_smoke.py
 define each_host
 @failed=; for name in $(HOSTS); do \
   echo "== $$name"; \
-  what=tests/hosts; \
-  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py -k $$name"; fi; \
-  PYTHONPATH=tests .venvs/$$name/bin/python -m pytest $(1) $$what || failed="$$failed $$name"; \
+  what=tests/hosts; only=; \
+  if test -e tests/hosts/test_$$name.py; then what="tests/hosts/test_$$name.py tests/hosts/test_pages.py"; only=$$name; fi; \
+  if test $$name = escnn; then what="$$what $(WITH_ESCNN)"; only="escnn or rotmnist or smoke"; fi; \
+  PYTHONPATH=tests .venvs/$$name/bin/python -m pytest $(1) $$what -k "$$only" || failed="$$failed $$name"; \
 done; \
 test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
 endef
