@@ -55,6 +55,9 @@ UNEVEN = 0.01
 """Level of the test whether inputs are even."""
 ROUNDING = 1e-9
 """Features, of order 1, that differ by less are the same."""
+SLIGHT = 0.02
+"""A subgroup counts as broken only if it costs surely more than this share of what the whole group costs, which is what
+rotations about an axis 8° from the one that is kept cost."""
 FEWEST = 40
 """With fewer samples nothing is said."""
 KEPT = 0.25
@@ -70,10 +73,11 @@ class Finding:
 
     Attributes:
         name: Name of the group.
-        verdict: ``"broken"``; ``"kept"``, if in addition it costs surely little; else ``"undecided"``.
-        p: Probability of evidence as strong as this if the data keep the group, adjusted for the number of groups by
-            Holm's rule; that of the whole group is not, but for E(3), where it is the smaller one of those of O(3) and
-            of translations, twice.
+        verdict: ``"broken"``, if p is below 5 %; ``"kept"``, if the group costs surely little; else ``"undecided"``.
+        p: Probability of evidence as strong as this if the data keep the group; for a subgroup, if it costs no more than
+            2 % of what the whole group costs; with uneven inputs, if no fit is better by more than 25 %. Adjusted for
+            the number of groups by Holm's rule; that of the whole group is not, but for E(3), where it is twice the
+            smaller one of those of O(3) and of translations.
         t: What p was computed from: a mean in units of its standard error.
         error: Mean squared residual after the best fit under the group, relative to that before any fit.
         excess: By which share ``error`` exceeds the error with the forbidden part added, negative if that part only
@@ -156,10 +160,9 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
     fits = {name: probe.fit(subgroup) for name, subgroup in groups.items() if name != str(group)}
     fits |= {str(group): [torch.zeros_like(weights) for weights in common], "": probe.fit(None)}
 
-    def test(name: str) -> _Test:
-        return probe.test(
-            groups[name], fits[name], [fit for other, fit in fits.items() if other not in (name, str(group))]
-        )
+    def test(name: str, slight: float = 0.0) -> _Test:
+        others = [fit for other, fit in fits.items() if other not in (name, str(group))]
+        return probe.test(groups[name], fits[name], others, slight)
 
     tests = {name: test(name) for name in gates}
     worst = min(tests.values(), key=lambda of: of.p)
@@ -169,7 +172,7 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
     )
     if gate >= LEVEL:
         return [replace(whole, verdict="kept")]
-    tests |= {name: test(name) for name in subgroups}
+    tests |= {name: test(name, SLIGHT * worst.gain) for name in subgroups}
     adjusted = _holm({name: of.p for name, of in tests.items()}, gate)
     findings = [whole]
     for name, of in tests.items():
@@ -311,7 +314,7 @@ class _Probe:
         copies = [self.predict(fits, *moves) for moves in self.moves(group, seed)]
         return [torch.stack(of_fit).mean(0) for of_fit in zip(*copies, strict=True)]
 
-    def test(self, group: Group, fit: _Fit, others: list[_Fit]) -> _Test:
+    def test(self, group: Group, fit: _Fit, others: list[_Fit], slight: float) -> _Test:
         """Test whether something that the group forbids predicts what the best fit under it leaves."""
         left = self.residual - self.average(group, [fit])[0]
         plain, averaged = self.average(None, others), self.average(group, others, seed=1)  # other elements than above
@@ -328,7 +331,7 @@ class _Probe:
             score = error - without - MARGIN * error
         score, error, without = score[late], error[late], without[late]
         return _Test(
-            t=float(_t_values(score)),
+            t=float(_t_values(score - slight if even else score)),
             gain=float(score.mean()) if even else float((error - without).mean()),
             most=float(score.mean() + 1.645 * score.std() / math.sqrt(len(score))),
             error=float(error.sum() / self.before[late].sum()),

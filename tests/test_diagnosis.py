@@ -69,7 +69,7 @@ def test_planted_breaks_are_named(law):
     added, keeps = LAWS[law]
     x = inputs(1200, 0)
     size = added(x).square().mean().sqrt()
-    found = judge(rows_of(x, added(x) / size + 0.5 * heavy(1200, 0, 3)), O3(), CHAIN)
+    found = judge(rows_of(x, added(x) / size + 0.25 * heavy(1200, 0, 3)), O3(), CHAIN)
     assert found[0].verdict == "broken"
     assert {f.name for f in found[1:] if f.verdict == "broken"} == set(CHAIN) - keeps
     assert {f.name for f in found if f.verdict == "kept"} == keeps
