@@ -140,7 +140,7 @@ def test_a_failed_run_has_exit_code_1_and_no_traceback(tmp_path):
         (("status", "no/such/folder"), "no/such/folder"),
         (("table", "no/such/folder"), "no/such/folder"),
         (("plot", "."), "nothing to plot"),
-        (("data", "qm9"), "mocap"),
+        (("data", "qm8"), "mocap"),
         (("run",), "Missing argument"),
         (("table", ".", "--format", "html"), "html"),
         (("sweet",), "sweet"),
