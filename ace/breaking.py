@@ -74,7 +74,7 @@ class Finding:
     Attributes:
         name: Name of the group.
         verdict: ``"broken"``, if p is below 5 %; ``"kept"``, if the group costs surely little; else ``"undecided"``.
-        p: Probability of evidence as strong as this if the data keep the group; for a subgroup, if it costs no more than
+        p: Probability of evidence as strong as this if the data keep the group; for a subgroup, if it costs at most
             2 % of what the whole group costs; with uneven inputs, if no fit is better by more than 25 %. Adjusted for
             the number of groups by Holm's rule; that of the whole group is not, but for E(3), where it is twice the
             smaller one of those of O(3) and of translations.

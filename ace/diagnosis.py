@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ace import checkpoint
-from ace.breaking import Finding, Rows, judge
+from ace.breaking import MARGIN, Finding, Rows, judge
 from ace.calls import call
 from ace.constraints import Resilient
 from ace.errors import AceError, NonFiniteLoss
@@ -61,8 +61,8 @@ class Diagnosis:
     Attributes:
         group: Name of the whole group.
         samples: Number of validation samples.
-        layers: |γ| of each relaxed layer at the end of resilient training, one number a seed.
-        multipliers: λ/ρ of each relaxed layer, which |γ| settles at, one number a seed.
+        layers: Size of γ of each relaxed layer at the end of resilient training, one number a seed.
+        multipliers: λ/ρ of each relaxed layer, which the size of γ settles at, one number a seed.
         strict: Validation loss of the strict model, one number a seed.
         resilient: Validation loss of the resilient model, one number a seed.
         error: Measured relative equivariance error of the resilient model, one number a seed.
@@ -104,10 +104,11 @@ class Diagnosis:
     def __str__(self) -> str:
         whole, seeds = self.findings[0], len(self.strict)
         of = f"(p {_p(whole.p)}, n = {self.samples} samples, {seeds} seed{'s' * (seeds > 1)})"
-        lines = [f"symmetric: the data show no break of {self.group} {of}"]
+        lines = [f"{'symmetric: the data show no break of' if self.symmetric else 'the data break'} {self.group} {of}"]
         if not self.symmetric:
-            lines = [f"the data break {self.group} {of}"]
             lines += [f"{v}: {'; '.join(self.named(v))}" for v in ("broken", "kept", "undecided") if self.named(v)]
+        if not whole.even:
+            lines.append(f"inputs are uneven: of what they do not vary in, only a cost above {MARGIN:.0%} is seen")
         head = ("transformations", "verdict", "p", "best fit", "excess", "inputs")
         lines += ["", *_columns(head, [_row(finding) for finding in self.findings]), ""]
         losses = f"strict {_mean(self.strict)}, resilient {_mean(self.resilient)}"
