@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ace.errors import AceError
 from ace.groups import E3, O3, Element, Group, Translations
-from ace.symmetry import act_by_sample
+from ace.symmetry import act_by_sample, by_sample
 
 LEVEL = 0.05
 """Share of data sets that keep the whole group and of which it is said that they do not."""
@@ -250,7 +250,7 @@ class _Probe:
 
     def by_sample(self, values: Tensor) -> Tensor:
         """Sum the entries of each sample."""
-        return values.new_zeros(self.count).index_add(0, self.rows.index, values.flatten(1).sum(1))
+        return by_sample(values, self.rows.index, self.count)
 
     def features(self, move: _Move) -> Tensor:
         """Polynomials of the moved vectors: 1; linear; products of two; cubic in random combinations of them."""

@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from ace.calls import map_tensors, tensors_in
 from ace.errors import AceError
 from ace.groups import jvp
+from ace.probing import is_scripted
 from ace.relaxation import relaxations
 from ace.symmetry import Samples, by_sample
 
@@ -110,7 +111,7 @@ def _trace(model: nn.Module, leaves: set[str], args: tuple[Any, ...], kwargs: di
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return name in leaves or isinstance(module, torch.jit.ScriptModule)
+            return name in leaves or is_scripted(module)
 
         def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             try:

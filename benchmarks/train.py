@@ -246,8 +246,7 @@ class _Training:
         Models that the method does not admit come after all others, the most symmetric of them first.
         """
         relaxed, restored = self.measure("valid")
-        with torch.no_grad():
-            error = self.errors_by_sample(self.probe, draws=1).square().mean().sqrt().item()
+        error = self.errors_by_sample(self.probe, draws=1).square().mean().sqrt().item()
         self.history.log(self.step, epoch, valid_relaxed=relaxed, valid_restored=restored, equivariance_error=error)
         value = relaxed if self.method.ships_relaxed else restored
         rank = [0.0, value] if self.method.admits(error) else [1.0, error]
@@ -343,9 +342,8 @@ class _Training:
             for name, value in self.task.evaluate(shipped, split).items()
         }
         inputs = next(self.task.batches("test", 100)).inputs
-        errors = torch.cat(
-            [self.errors_by_sample(b.inputs, draws=4) for b in self.task.batches("test", 100)][: MEASURED // 100]
-        )
+        batches = itertools.islice(self.task.batches("test", 100), MEASURED // 100)
+        errors = torch.cat([self.errors_by_sample(batch.inputs, draws=4) for batch in batches])
         return {
             "status": "done",
             "task": config.task.name,

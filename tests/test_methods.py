@@ -12,6 +12,7 @@ from torch import nn
 
 import ace
 from ace.errors import NonFiniteLoss
+from ace.probing import default_dtype
 from benchmarks.config import CONFIGS, load_run
 from benchmarks.methods import METHODS as CLASSES
 from benchmarks.methods.rivals import Scheduled
@@ -338,12 +339,9 @@ def test_the_lie_derivative_equals_a_slow_loop(reads, writes):
 @functools.cache
 def finite_difference(irreps, axis, angle=1e-4):
     """d/dt D(exp(t axis)) at 0 by central differences of e3nn's representation."""
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         turns = [o3.axis_angle_to_matrix(torch.eye(3)[axis], torch.tensor(t)) for t in (angle, -angle)]
         forward, back = map(o3.Irreps(irreps).D_from_matrix, turns)
-    finally:
-        torch.set_default_dtype(torch.float32)
     return (forward - back) / (2 * angle)
 
 

@@ -10,8 +10,8 @@ from benchmarks.methods.base import Method
 from benchmarks.tasks import Batch
 
 
-class Ace(Method):
-    """The relaxation as a constraint, γ = 0, by the default primal-dual optimizer."""
+class Constrained(Method):
+    """The relaxation under a constraint, by the primal-dual optimizer."""
 
     def setup(self) -> None:  # noqa: D102
         self.relax()
@@ -30,7 +30,7 @@ class Ace(Method):
 
     def form(self) -> dict[str, Any]:
         """Return the further arguments of the optimizer."""
-        return {"polish": getattr(self.config.method, "polish", 0.2)}
+        return {}
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         return self.optimizer.roll(batch)
@@ -42,7 +42,14 @@ class Ace(Method):
         self.optimizer.load_state_dict(state)
 
 
-class AceResilient(Ace):
+class Ace(Constrained):
+    """γ = 0, by the default form."""
+
+    def form(self) -> dict[str, Any]:  # noqa: D102
+        return {"polish": self.config.method.polish}
+
+
+class AceResilient(Constrained):
     """The relaxation as a price, shipped with the terms that the data pay for."""
 
     ships_relaxed = True
@@ -51,7 +58,7 @@ class AceResilient(Ace):
         return ace.Resilient(self.config.method.rho, measure=self.config.method.measure)
 
 
-class AceTolerance(Ace):
+class AceTolerance(Constrained):
     """A tolerance on the equivariance error of the whole model, shipped with its terms."""
 
     ships_relaxed = True
@@ -69,7 +76,7 @@ class AceTolerance(Ace):
         return error <= self.config.method.eps
 
 
-class AcePaper(Ace):
+class AcePaper(Constrained):
     """γ = 0 by Algorithm 1 as published."""
 
     def form(self) -> dict[str, Any]:  # noqa: D102

@@ -61,6 +61,16 @@ def _schnet(build: Callable[..., nn.Module]) -> ModelEntry:
     )
 
 
+def _egnn(build: Callable[..., nn.Module]) -> ModelEntry:
+    return ModelEntry(
+        build=build,
+        layers=("EGNNLayer",),
+        read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",  # h, pos, vel
+        write_types=lambda layer: f"{layer.hidden}x0e+1x1o",  # h, pos
+        read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
+    )
+
+
 def _segnn(build: Callable[..., nn.Module]) -> ModelEntry:
     return ModelEntry(
         build=build,
@@ -70,46 +80,29 @@ def _segnn(build: Callable[..., nn.Module]) -> ModelEntry:
     )
 
 
-def _vector_neurons(build: Callable[..., nn.Module]) -> ModelEntry:
-    """Axial vectors (the cross products) count as vectors: the group of the point clouds has no reflections."""
+def _vectors(build: Callable[..., nn.Module], layer: str) -> ModelEntry:
+    """Axial vectors (VNBlock's cross products) count as vectors: the group of the point clouds has no reflections."""
     return ModelEntry(
         build=build,
-        layers=("VNBlock",),
+        layers=(layer,),
         read_types=lambda layer: f"{layer.channels_in}x1o",
         write_types=lambda layer: f"{layer.channels_out}x1o",
     )
 
 
 MODELS = {
-    "egnn": ModelEntry(
-        build=EGNN,
-        layers=("EGNNLayer",),
-        read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",  # h, pos, vel
-        write_types=lambda layer: f"{layer.hidden}x0e+1x1o",  # h, pos
-        read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
-    ),
+    "egnn": _egnn(EGNN),
     "segnn": _segnn(SEGNN),
     "segnn-molecular": _segnn(MolecularSEGNN),
     "segnn-forces": _segnn(SEGNNForces),
     "schnet": _schnet(SchNet),
     "schnet-forces": _schnet(SchNetForces),
     "nequip": ModelEntry(build=NequIP, layers=("Linear", "FullyConnectedTensorProduct"), package="nequip"),
-    "egno": ModelEntry(
-        build=EGNO,
-        layers=("EGNNLayer",),
-        read_types=lambda layer: f"{layer.hidden}x0e+1x1o+1x1o",
-        write_types=lambda layer: f"{layer.hidden}x0e+1x1o",
-        read_positions=lambda layer: slice(layer.hidden, layer.hidden + 3),
-    ),
+    "egno": _egnn(EGNO),
     "c8cnn": ModelEntry(build=SteerableClassifier, layers=("R2Conv",), package="escnn"),
     "c4cnn": ModelEntry(build=SteerableFlow, layers=("R2Conv",), package="escnn"),
     "cnn": ModelEntry(build=CNN, layers=()),  # not equivariant: a reference for the strict method
-    "vn-pointnet": _vector_neurons(VNPointNet),
-    "vn-dgcnn": _vector_neurons(VNDGCNN),
-    "vector": ModelEntry(
-        build=VectorNet,
-        layers=("VectorLayer",),
-        read_types=lambda layer: f"{layer.channels_in}x1o",
-        write_types=lambda layer: f"{layer.channels_out}x1o",
-    ),
+    "vn-pointnet": _vectors(VNPointNet, "VNBlock"),
+    "vn-dgcnn": _vectors(VNDGCNN, "VNBlock"),
+    "vector": _vectors(VectorNet, "VectorLayer"),
 }
