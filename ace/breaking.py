@@ -17,16 +17,17 @@ inputs look the same from all sides is another question, and not asked. With f e
    than g_H's by surely more than a margin. Translations cannot be even.
 
 No sample is judged by a fit that it took part in, and no pair of samples counts twice: the second half of the samples
-comes in blocks, each tested on fits to the blocks before it. Large residuals are cut down by their norm, which changes
-no symmetry of their law, so outliers do not decide.
+comes in blocks, each tested on fits to the blocks before it. Residuals are divided by the size that the lengths of the
+row's vectors let expect, and cut down where they are much larger still. Neither changes a symmetry of their law, and
+noisy samples do not drown the others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,10 +44,14 @@ COPIES = 8
 """Random elements of a group for each sample."""
 POOL = 240
 """Elements drawn for a group; the samples share them. Every element of each finite group up to the cube's is there."""
-OUTLIER = 3.0
-"""Residuals longer than this many times the median are cut down to it."""
+FAR = 3.0
+"""Vectors are shrunk smoothly to at most this many times their usual length."""
+OUTLIER = 10.0
+"""Residuals longer than this many times the median, both in units of what is expected, are cut down to it."""
+SHORT = 0.01
+"""Lengths below this share of the usual one count as it, so that their logarithms are finite."""
 MIXES = 16
-"""Random combinations of the vectors, of which the cubic features are made."""
+"""Random combinations of the vectors, and of the directions, of which the cubic features are made."""
 PENALTIES = tuple(10.0**power for power in range(-4, 5))
 """Ridge penalties, in units of the features' mean squares; cross-validation chooses."""
 MARGIN = 0.25
@@ -105,6 +110,8 @@ class Rows:
         kind: Type of the residual, see `ace.groups`.
         index: Sample of each row, int64 of shape (N,), every sample from 0 on has a row.
         slot: Place of the row in its sample, shape (N,), where all samples have as many; None else.
+        near: Vectors from the row to the nearest one of its sample, and differences of their other vectors, shape
+            (N, m, 3); None without positions.
     """
 
     vectors: Tensor
@@ -113,11 +120,18 @@ class Rows:
     kind: str
     index: Tensor
     slot: Tensor | None = None
+    near: Tensor | None = None
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return int(self.index.max()) + 1
+
+    def sorted(self, order: Tensor) -> Rows:
+        """Return the rows in another order."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: of[order] for name, of in tensors.items() if isinstance(of, Tensor)}
+        return replace(self, **moved)
 
 
 def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 0) -> list[Finding]:
@@ -151,18 +165,18 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
             "one batch are told apart by an integer input named 'batch', dense inputs by their first axis"
         )
     probe = _Probe(rows, seed)
-    common = probe.fit(group)
+    common = probe.fit(group)[0]
     probe.residual = probe.residual - probe.average(group, [common])[0]
     gates: dict[str, Group] = {str(group): group}
     if isinstance(group, E3):  # translations cannot be even: they must not spoil the test of the rest
         gates = {"rotations and reflections": O3(), "translations": Translations(group.translation)}
     groups = {**gates, **subgroups}
     fits = {name: probe.fit(subgroup) for name, subgroup in groups.items() if name != str(group)}
-    fits |= {str(group): [torch.zeros_like(weights) for weights in common], "": probe.fit(None)}
+    fits |= {str(group): [[torch.zeros_like(weights) for weights in common]], "": probe.fit(None)}
 
     def test(name: str, slight: float = 0.0) -> _Test:
-        others = [fit for other, fit in fits.items() if other not in (name, str(group))]
-        return probe.test(groups[name], fits[name], others, slight)
+        others = [fit for other, both in fits.items() if other not in (name, str(group)) for fit in both]
+        return probe.test(groups[name], fits[name][0], others, slight)
 
     tests = {name: test(name) for name in gates}
     worst = min(tests.values(), key=lambda of: of.p)
@@ -199,7 +213,7 @@ def _holm(values: Mapping[str, float], gate: float) -> dict[str, float]:
 class _Test:
     t: float
     gain: float  # what the forbidden part, or the best of all fits, is worth
-    most: float  # upper end of the confidence interval of the mean score
+    most: float  # upper end of the confidence interval of the mean score, for the rival for which it is largest
     error: float
     excess: float
     even: bool
@@ -233,9 +247,14 @@ class _Probe:
 
     def __init__(self, rows: Rows, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
-        self.rows, self.count = rows, rows.samples
-        self.block = (torch.randperm(self.count, generator=self.random) * BLOCKS // self.count)[rows.index]
-        self.residual = rows.residual.double()
+        self.count = rows.samples
+        block = (torch.randperm(self.count, generator=self.random) * BLOCKS // self.count)[rows.index]
+        self.rows = rows = rows.sorted(block.argsort(stable=True))
+        self.blocks = torch.bincount(block, minlength=BLOCKS).tolist()
+        late = torch.zeros(self.count, dtype=torch.bool)
+        late[rows.index[sum(self.blocks[: BLOCKS // 2]) :]] = True
+        self.late = late
+        self.residual = _standardized(rows)
         size = self.by_sample(self.residual.square()).sqrt()
         cut = (OUTLIER * size.median() / size.clamp_min(1e-300)).clamp(max=1.0)[rows.index]
         self.residual = self.residual * cut.view(-1, *[1] * (self.residual.dim() - 1))
@@ -245,27 +264,39 @@ class _Probe:
             self.vectors.append((rows.origin.double()[:, None], "position"))
         channels = torch.cat([vector for vector, _ in self.vectors], 1)
         self.scale = channels.square().sum(-1).mean(0).sqrt().clamp_min(1e-300)[:, None]
+        self.mix = self.mixes(channels)
+        self.near = channels[:, :0] if rows.near is None else rows.near.double()
+        self.mix_near = self.mixes(self.near)
+        self.of_near = 0  # number of features of what is near
+
+    def mixes(self, channels: Tensor) -> Tensor:
+        """Draw random combinations of channels."""
         mix = torch.randn(MIXES, channels.shape[1], generator=self.random, dtype=torch.float64)
-        self.mix = mix / mix.norm(dim=1, keepdim=True)
+        return torch.nn.functional.normalize(mix, dim=1)
 
     def by_sample(self, values: Tensor) -> Tensor:
         """Sum the entries of each sample."""
         return by_sample(values, self.rows.index, self.count)
 
-    def features(self, move: _Move) -> Tensor:
-        """Polynomials of the moved vectors: 1; linear; products of two; cubic in random combinations of them."""
+    def features(self, move: _Move) -> Iterator[Tensor]:
+        """Yield, for each block, 1 and polynomials of the moved vectors.
+
+        First linear and cubic ones of the directions of what is near (seen from the other row of a pair they change
+        sign), then linear ones, products of two, and cubic ones in random combinations of the vectors.
+        """
+        near = torch.nn.functional.normalize(move(self.near, "vector"), dim=-1)
         v = torch.cat([move(vector, kind) for vector, kind in self.vectors], 1) / self.scale
-        v = v / (1 + v.square().sum(-1, keepdim=True) / OUTLIER**2).sqrt()
-        flat = v.flatten(1)
-        first, second = torch.triu_indices(flat.shape[1], flat.shape[1])
-        mixed = torch.einsum("mk,nka->nma", self.mix, v)
-        mixed = mixed / mixed.square().sum(-1, keepdim=True).clamp_min(1e-30) ** (1 / 3)  # cubes grow linearly
-        i, j, k = torch.combinations(torch.arange(3), 3, with_replacement=True).T
-        cubes = (mixed[..., i] * mixed[..., j] * mixed[..., k]).flatten(1)
-        parts = [torch.ones_like(flat[:, :1]), flat, flat[:, first] * flat[:, second], cubes]
-        if self.rows.slot is not None:
-            parts.append(torch.nn.functional.one_hot(self.rows.slot)[:, 1:].double())
-        return torch.cat(parts, 1)
+        v = v / (1 + v.square().sum(-1, keepdim=True) / FAR**2).sqrt()
+        slots = v[:, 0, :0] if self.rows.slot is None else torch.nn.functional.one_hot(self.rows.slot)[:, 1:].to(v)
+        first, second = torch.triu_indices(3 * v.shape[1], 3 * v.shape[1])
+        for u, w, slot in zip(*(tensor.split(self.blocks) for tensor in (near, v, slots)), strict=True):
+            flat = w.flatten(1)
+            parts = [torch.ones_like(flat[:, :1])]
+            if u.shape[1]:
+                parts += [u.flatten(1), _cubes(u, self.mix_near)]
+            self.of_near = sum(part.shape[1] for part in parts)
+            parts += [flat, flat[:, first] * flat[:, second], _cubes(w, self.mix), slot]
+            yield torch.cat(parts, 1)
 
     def moves(self, group: Group | None, seed: int) -> Iterator[tuple[_Move, _Move]]:
         """Yield, several times, functions that move each sample by an element of its own, and back."""
@@ -282,32 +313,31 @@ class _Probe:
         """Return the function that moves each sample by its element."""
         return lambda tensor, kind: act_by_sample(elements, self.rows.index, tensor, kind)
 
-    def fit(self, group: Group | None) -> _Fit:
-        """Fit the residuals by ridge regression, on samples moved by elements of the group."""
+    def fit(self, group: Group | None) -> list[_Fit]:
+        """Fit the residuals by ridge regression, on samples moved by elements of the group.
+
+        Returns:
+            The fit to all features and, if there are such, that to the directions to the nearest row alone: what little
+            these show drowns in the noise of the others' many weights.
+        """
         grams: list[list[Tensor]] = [[torch.zeros(()), torch.zeros(())] for _ in range(BLOCKS)]
         for move, _ in self.moves(group, 0):
-            x, y = self.features(move), move(self.residual, self.rows.kind).flatten(1)
-            for number, (square, product) in enumerate(grams):
-                here = self.block == number
-                grams[number] = [square + x[here].T @ x[here], product + x[here].T @ y[here]]
-        half = range(BLOCKS // 2)
-        paths = [_ridge(grams, [other for other in half if other != number], PENALTIES) for number in half]
-        errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
-        for path, (square, product) in zip(paths, grams, strict=False):
-            errors += torch.stack([((square @ w) * w).sum() - 2 * (w * product).sum() for w in path])
-        best = int(errors.argmin())
-        later = [_ridge(grams, range(number), [PENALTIES[best]])[0] for number in range(BLOCKS // 2, BLOCKS)]
-        return [path[best] for path in paths] + later
+            y = move(self.residual, self.rows.kind).flatten(1).split(self.blocks)
+            for gram, x, product in zip(grams, self.features(move), y, strict=True):
+                gram[:] = [gram[0] + x.T @ x, gram[1] + x.T @ product]
+        fits = [_cross_validated(grams)]
+        if self.near.shape[1]:
+            few, none = slice(self.of_near), len(fits[0][0]) - self.of_near
+            near = _cross_validated([[square[few, few], product[few]] for square, product in grams])
+            fits.append([torch.nn.functional.pad(weights, (0, 0, 0, none)) for weights in near])
+        return fits
 
     def predict(self, fits: list[_Fit], move: _Move, back: _Move) -> list[Tensor]:
         """Predict the residuals of the moved samples, and move them back."""
-        x = self.features(move)
-        width = self.residual.flatten(1).shape[1]
-        predictions = x.new_empty(len(x), width * len(fits))
-        for number, weights in enumerate(zip(*fits, strict=True)):
-            here = self.block == number
-            predictions[here] = x[here] @ torch.cat(weights, 1)
-        return [back(part.reshape(self.residual.shape), self.rows.kind) for part in predictions.split(width, 1)]
+        blocks = zip(self.features(move), zip(*fits, strict=True), strict=True)
+        predictions = torch.cat([x @ torch.cat(weights, 1) for x, weights in blocks])
+        parts = predictions.chunk(len(fits), 1)
+        return [back(part.reshape(self.residual.shape), self.rows.kind) for part in parts]
 
     def average(self, group: Group | None, fits: list[_Fit], seed: int = 0) -> list[Tensor]:
         """Average predictions over elements of the group."""
@@ -319,34 +349,80 @@ class _Probe:
         left = self.residual - self.average(group, [fit])[0]
         plain, averaged = self.average(None, others), self.average(group, others, seed=1)  # other elements than above
         forbidden = [here - mean for here, mean in zip(plain, averaged, strict=True)]
-        late = self.by_sample((self.block[:, None] >= BLOCKS // 2).double()) > 0
         error, even = self.by_sample(left.square()), self.is_even(group)
         scores = torch.stack([self.by_sample(left * part) for part in forbidden])
         if even:
-            best = int(_t_values(scores[:, ~late]).argmax())
+            best = int(_t_values(scores[:, ~self.late]).argmax())
             score, without = scores[best], self.by_sample((left - forbidden[best]).square())
+            chances = scores[:, self.late]  # what is kept has no chance of a score, whatever its rival
         else:
             errors = torch.stack([self.by_sample((self.residual - fit).square()) for fit in plain])
-            without = errors[int(errors[:, ~late].mean(1).argmin())]
+            without = errors[int(errors[:, ~self.late].mean(1).argmin())]
             score = error - without - MARGIN * error
-        score, error, without = score[late], error[late], without[late]
+            chances = score[self.late][None]
+        score, error, without = score[self.late], error[self.late], without[self.late]
         return _Test(
             t=float(_t_values(score - slight if even else score)),
             gain=float(score.mean()) if even else float((error - without).mean()),
-            most=float(score.mean() + 1.645 * score.std() / math.sqrt(len(score))),
-            error=float(error.sum() / self.before[late].sum()),
+            most=float((chances.mean(1) + 1.645 * chances.std(1) / math.sqrt(len(score))).max()),
+            error=float(error.sum() / self.before[self.late].sum()),
             excess=float(error.sum() / without.sum()) - 1,
             even=even,
         )
 
+    def means(self, move: _Move) -> Tensor:
+        """Mean features of each sample."""
+        sums = [
+            x.new_zeros(self.count, x.shape[1]).index_add(0, index, x)
+            for x, index in zip(self.features(move), self.rows.index.split(self.blocks), strict=True)
+        ]
+        return torch.stack(sums).sum(0) / torch.bincount(self.rows.index)[:, None]
+
     def is_even(self, group: Group) -> bool:
         """Whether no feature's mean differs from that over moved samples."""
-        moved = torch.stack([self.features(move) for move, _ in self.moves(group, seed=2)]).mean(0)
-        difference = self.features(lambda tensor, _: tensor) - moved
-        difference[difference.abs() < ROUNDING] = 0.0
-        mean = difference.new_zeros(self.count, difference.shape[1]).index_add(0, self.rows.index, difference)
+        moved = torch.stack([self.means(move) for move, _ in self.moves(group, seed=2)]).mean(0)
+        mean = self.means(lambda tensor, _: tensor) - moved
+        mean[mean.abs() < ROUNDING] = 0.0
         largest = float(_t_values(mean.T).abs().max())
         return 2 * mean.shape[1] * _tail(largest) > UNEVEN
+
+
+def _cubes(v: Tensor, mix: Tensor) -> Tensor:
+    """Products of three components of random combinations of the vectors."""
+    mixed = torch.einsum("mk,nka->nam", mix, v)
+    mixed = mixed / mixed.square().sum(1, keepdim=True).clamp_min(1e-30) ** (1 / 3)  # cubes grow linearly
+    i, j, k = torch.combinations(torch.arange(3), 3, with_replacement=True).T
+    return (mixed[:, i] * mixed[:, j] * mixed[:, k]).flatten(1)
+
+
+def _standardized(rows: Rows) -> Tensor:
+    """Divide residuals by what the lengths of the row's vectors let expect of their size: by no direction, no place."""
+    residual = rows.residual.double()
+    vectors = rows.vectors if rows.near is None else torch.cat([rows.vectors, rows.near], 1)
+    lengths = vectors.double().norm(dim=-1)
+    usual = lengths.square().mean(0).sqrt().clamp_min(1e-300)
+    x = (lengths / usual).clamp_min(SHORT).log()
+    x = torch.cat([torch.ones_like(x[:, :1]), x - x.mean(0)], 1)
+    first, second, third = torch.combinations(torch.arange(x.shape[1]), 3, with_replacement=True).T
+    x = x[:, first] * x[:, second] * x[:, third]  # with the leading 1: all powers up to the third
+    size = residual.flatten(1).norm(dim=1)
+    y = size.clamp_min(SHORT * float(size.median()) or 1e-300).log()
+    weights = _ridge([[x.T @ x, x.T @ y[:, None]]], [0], [1e-3])[0]
+    expected = (x @ weights)[:, 0]
+    expected = expected.clamp(float(y.min()), float(y.max())).exp()
+    return residual / expected.view(-1, *[1] * (residual.dim() - 1))
+
+
+def _cross_validated(grams: list[list[Tensor]]) -> _Fit:
+    """Fit each block of the first half to its others, each later one to all before it; penalty from the first half."""
+    half = range(BLOCKS // 2)
+    paths = [_ridge(grams, [other for other in half if other != number], PENALTIES) for number in half]
+    errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
+    for path, (square, product) in zip(paths, grams, strict=False):
+        errors += torch.stack([((square @ w) * w).sum() - 2 * (w * product).sum() for w in path])
+    best = int(errors.argmin())
+    later = [_ridge(grams, range(number), [PENALTIES[best]])[0] for number in range(BLOCKS // 2, BLOCKS)]
+    return [path[best] for path in paths] + later
 
 
 def _ridge(grams: list[list[Tensor]], blocks: Iterable[int], penalties: Iterable[float]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -472,9 +473,11 @@ def _rows(
                 f"no input gives a vector or position of each row of the output, of shape {tuple(found.shape)} (found: "
                 f"{shapes}): pass inputs=, the types of the inputs. Outputs for a whole graph cannot be diagnosed"
             )
-        parts.append((*_channels(aligned, found.detach(), kind, index), (target - found).detach(), index + count))
+        vectors, own, origin = _channels(aligned, found.detach(), kind, index)
+        near = _near(aligned, found.detach(), kind, index)
+        parts.append((vectors, own, origin, near, (target - found).detach(), index + count))
         count += samples.count
-    vectors, own, origin, residual, index = (torch.cat(part) for part in zip(*parts, strict=True))
+    vectors, own, origin, near, residual, index = (torch.cat(part) for part in zip(*parts, strict=True))
     sizes = torch.bincount(index)
     kind = "vector" if kind == "position" else kind
     located = any(e.kind == "position" for e in aligned)
@@ -485,7 +488,7 @@ def _rows(
         origin = origin.view(count, nodes, 3)[:, 0]
         return Rows(own, origin if located else None, residual, kind, torch.arange(count))
     slot = torch.arange(nodes).repeat(count) if alike and nodes <= SLOTS else None
-    return Rows(vectors, origin if located else None, residual, kind, index, slot)
+    return Rows(vectors, origin if located else None, residual, kind, index, slot, near if near.shape[1] else None)
 
 
 def _channels(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -499,6 +502,24 @@ def _channels(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> tu
     own = torch.cat([*(place - origin[:, None] for place in places), *vectors], 1)
     means = [_means(vector, index) for vector in vectors]
     return torch.cat([own, *means], 1), own, origin
+
+
+def _near(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> Tensor:
+    """Differences to the nearest row of the sample: of positions, vectors and predictions; none without positions."""
+    count = torch.bincount(index)
+    values = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "position"]
+    if not values or int(count.min()) < 2:
+        return found.new_zeros(len(found), 0, 3)
+    place = values[0][:, 0]
+    nearest = torch.empty_like(index)
+    for rows in index.argsort(stable=True).split(count.tolist()):
+        distance = torch.cdist(place[rows], place[rows]).fill_diagonal_(math.inf)
+        nearest[rows] = rows[distance.argmin(1)]
+    values += [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "vector"]
+    if kind in ("vector", "position") and found.shape[-1] == 3:
+        values.append(found.reshape(len(found), -1, 3)[:, -1:])
+    stacked = torch.cat(values, 1)
+    return stacked[nearest] - stacked
 
 
 def _means(x: Tensor, index: Tensor | None) -> Tensor:

@@ -7,7 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,15 +144,16 @@ def test_the_fit_under_a_finite_group_is_the_closed_form(seed):
     matrix = torch.randn(3, 3, generator=random, dtype=torch.float64)
     x = torch.randn(800, 1, 3, generator=random, dtype=torch.float64)
     probe = breaking._Probe(rows_of(x, x[:, 0] @ matrix.T), seed=0)
+    x = probe.rows.vectors
     probe.residual = x[:, 0] @ matrix.T  # outliers included
-    probe.features = lambda move: move(x, "vector").flatten(1)
+    probe.features = lambda move: move(x, "vector").flatten(1).split(probe.blocks)
     group = Cyclic(4)
     elements = [element.matrix for element in group.sample(4)]
     mean = torch.stack([h.T @ matrix @ h for h in elements]).mean(0)
-    [found] = probe.average(group, [probe.fit(group)])
+    [found] = probe.average(group, probe.fit(group))
     expected = x[:, 0] @ mean.T
     assert (found - expected).norm() < 0.15 * probe.residual.norm()  # the samples are not quite even
-    [plain] = probe.average(None, [probe.fit(None)])
+    [plain] = probe.average(None, probe.fit(None))
     assert (plain - probe.residual).norm() < 1e-3 * probe.residual.norm()
 
 
@@ -158,12 +161,62 @@ def test_no_sample_is_predicted_by_a_fit_to_itself():
     """Another residual of one late sample changes no prediction of its own block, nor of those before it."""
     x, r = inputs(400, 6), heavy(400, 6, 3)
     first, second = breaking._Probe(rows_of(x, r), 0), breaking._Probe(rows_of(x, r), 0)
-    sample = int((first.block == 5).nonzero()[0])
-    second.residual[sample] += 10.0
-    before, after = (probe.average(None, [probe.fit(None)])[0] for probe in (first, second))
+    start, stop = sum(first.blocks[:5]), sum(first.blocks[:6])
+    second.residual[start] += 10.0
+    before, after = (probe.average(None, probe.fit(None))[0] for probe in (first, second))
     same = (before == after).all(1)
-    assert same[first.block <= 5].all()
-    assert not same[first.block > 5].any()
+    assert same[:stop].all()
+    assert not same[stop:].any()
+    assert first.late.sum() == sum(first.blocks[4:])
+
+
+def test_a_break_in_close_encounters_is_found_by_the_nearest_row():
+    """Rows that are pushed component by component away from the nearest one: only what is near shows it."""
+    random = torch.Generator().manual_seed(8)
+    count, nodes = 1500, 5
+    x = torch.randn(count * nodes, 3, generator=random)
+    index = torch.arange(count).repeat_interleave(nodes)
+    place = [SimpleNamespace(kind="position", value=x)]
+    near = diagnosis._near(place, x, "vector", index)
+    away = torch.nn.functional.normalize(near[:, 0], dim=-1)
+    push = away**3 - 0.6 * away  # of third order: no linear map is near it
+    rows = Rows(x[:, None], None, push + 0.2 * heavy(count * nodes, 8, 3), "vector", index, None, near[:, :1])
+    found = {finding.name: finding.verdict for finding in judge(rows, O3(), CHAIN)}
+    kept = {"cube", "inversion"}
+    assert found == {name: "kept" if name in kept else "broken" for name in ("O(3)", *CHAIN)}
+    order = torch.randperm(count * nodes, generator=random)
+    [whole, *_], [again, *_] = judge(rows, O3(), {"cube": Octahedral()}), judge(rows.sorted(order), O3(), CHAIN)
+    assert whole.verdict == again.verdict == "broken"
+    [blind] = judge(replace(rows, near=None), O3(), CHAIN)
+    assert blind.verdict == "kept"
+
+
+@given(sizes=st.lists(st.integers(2, 5), min_size=1, max_size=4), seed=st.integers(0, 100))
+@settings(deadline=None)
+def test_the_nearest_row_is_the_nearest_one(sizes, seed):
+    random = torch.Generator().manual_seed(seed)
+    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x, v, y = torch.randn(3, sum(sizes), 3, generator=random)
+    entries = [SimpleNamespace(kind="position", value=x), SimpleNamespace(kind="vector", value=v)]
+    found = diagnosis._near(entries, y, "position", index)
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if index[j] == index[i] and j != i]
+        j = min(others, key=lambda j: float((x[j] - x[i]).norm()))
+        torch.testing.assert_close(found[i], torch.stack([x[j] - x[i], v[j] - v[i], y[j] - y[i]]))
+    assert not diagnosis._near(entries[1:], y, "vector", index).numel()
+    assert not diagnosis._near(entries, y, "vector", torch.arange(len(x))).numel()
+
+
+def test_the_size_that_is_expected_knows_lengths_only():
+    """Turning the vectors changes no standardised residual; noise that grows with a length is made even."""
+    x, noise = inputs(3000, 9), heavy(3000, 9, 3)
+    rows = rows_of(x, noise * x[:, 0].norm(dim=1, keepdim=True) ** 3)
+    [turn] = [element.matrix for element in O3().sample(1, seed=3)]
+    even = breaking._standardized(rows)
+    torch.testing.assert_close(breaking._standardized(rows_of(x.double() @ turn.T, rows.residual)), even)
+    length = x[:, 0].norm(dim=1)
+    short, long = (even[part].norm(dim=1).median() for part in (length < 1, length > 2.5))
+    assert 0.8 < long / short < 1.25
 
 
 def test_holm():

@@ -133,6 +133,25 @@ def test_the_group_moves_frames_and_leaves_the_height():
     torch.testing.assert_close(task.loss(Drift(30, 5), moved), task.loss(Drift(30, 5), batch), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("made_up")
+def test_turned_samples_differ_by_a_turn_about_the_vertical_each():
+    recorded, turned = (next(TASKS[name].factory().batches("valid", 2)) for name in ("mocap-run", "mocap-run-turned"))
+    angles = []
+    for sample in range(2):
+        joints = recorded.inputs["batch"] == sample
+        before, after = (
+            torch.cat([batch.inputs["pos"][joints], batch.inputs["vel"][joints], *batch.target[joints].unbind(1)])
+            for batch in (recorded, turned)
+        )
+        torch.testing.assert_close(after[:, 1], before[:, 1])
+        plane = [torch.complex(x[:, 2], x[:, 0]) for x in (before, after)]
+        turns = plane[1] / plane[0]
+        torch.testing.assert_close(turns, turns[:1].expand_as(turns), rtol=1e-3, atol=1e-3)
+        angles.append(float(turns[0].angle()))
+    assert abs(angles[0] - angles[1]) > 0.01
+    assert torch.equal(turned.inputs["h"], recorded.inputs["h"])
+
+
 @pytest.mark.parametrize("name", TASKS["mocap-run"].models)
 @pytest.mark.usefixtures("made_up")
 def test_models_fit_the_task(name):

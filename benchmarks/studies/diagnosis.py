@@ -58,8 +58,9 @@ def settings() -> dict[str, list[Setting]]:
             for seed in range(3)
             for task, words in (
                 ("mocap-run", "model=egnn steps=1000"),
-                ("nbody-iso", "steps=1500 task.seed={seed}"),
-                ("nbody", "steps=1500 task.seed={seed}"),
+                ("mocap-run-turned", "model=egnn steps=1000"),
+                ("nbody-iso", "steps=1500 task.seed={seed} task.valid=20000"),
+                ("nbody", "steps=1500 task.seed={seed} task.valid=20000"),
             )
         ],
     }

@@ -55,9 +55,10 @@ TASKS = {
     "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn"), _generated),
     "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn"), _generated),
     **{
-        f"mocap-{motion}": TaskEntry(
-            partial(MotionCapture, motion), ("egno", "egnn"), partial(_motion_available, subject)
+        f"mocap-{motion}{turned * '-turned'}": TaskEntry(
+            partial(MotionCapture, motion, turned=turned), ("egno", "egnn"), partial(_motion_available, subject)
         )
+        for turned in (False, True)
         for motion, subject in SUBJECTS.items()
     },
     **{
