@@ -217,6 +217,25 @@ def table(
 
 
 @_command
+def ranks(
+    folder: Folder,
+    metric: Annotated[str, typer.Option(help="Column of the summaries, of which lower is better.")] = "test_shipped",
+    out: Annotated[Path | None, typer.Option(help="The diagram; default FOLDER/figures/ranks.png.")] = None,
+) -> None:
+    """Rank the methods over all tasks and models: mean ranks, Friedman's test, critical-difference diagram.
+
+    [bold]Example:[/bold]  ace ranks results/quick --out ranks.pdf
+    """
+    from ace import comparison, plotting, results
+
+    found = comparison.rank(results.load_results(folder), metric)
+    out = out or folder / "figures" / "ranks.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plotting.plot_ranks(found, out)
+    print(f"{found}\n\n{out}")
+
+
+@_command
 def plot(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default FOLDER/figures.")] = None,

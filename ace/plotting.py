@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ace.comparison import Ranks
 from ace.errors import AceError
 from ace.history import replace_file
 
@@ -298,6 +299,47 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -
         groups.axvline(0, color="0.3", linewidth=0.8)
         key = [Line2D([], [], color=colour, linewidth=5, label=verdict) for verdict, colour in colours.items()]
         figure.legend(handles=key, loc="outside right upper")
+        image = io.BytesIO()
+        figure.savefig(image, format=path.suffix[1:])
+    replace_file(path, image.getvalue())
+
+
+def plot_ranks(ranks: Ranks, path: str | os.PathLike[str]) -> None:
+    """Save a critical-difference diagram: methods at their mean ranks, bars over those that cannot be told apart.
+
+    Args:
+        ranks: What ``ace.comparison.rank`` returns.
+        path: The image file, in a folder that exists; its suffix decides the format.
+
+    Raises:
+        AceError: The format is unknown.
+        NotWritten: The file cannot be written.
+    """
+    path = _image_path(path)
+    places = {str(name): float(place) for name, place in ranks.mean.items()}
+    count, half = len(places), (len(places) + 1) // 2
+    lowest = -0.5 * (half + len(ranks.cliques)) - 0.5
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 1.2 - 0.42 * lowest), layout="constrained")
+        ax = figure.subplots()
+        ax.axis("off")
+        ax.set(xlim=(1 - 0.45 * count, count + 0.45 * count), ylim=(lowest, 1.3))
+        ax.plot([1, count], [0, 0], color="0.3", linewidth=0.8)
+        for tick in range(1, count + 1):
+            ax.plot([tick, tick], [0, 0.12], color="0.3", linewidth=0.8)
+            ax.text(tick, 0.2, str(tick), ha="center", va="bottom")
+        ax.plot([1, 1 + ranks.critical], [1.0, 1.0], color=_COLOURS[1], linewidth=2)
+        ax.text(1 + ranks.critical, 1.0, f"  critical difference {ranks.critical:.2f}", va="center")
+        for number, clique in enumerate(ranks.cliques):
+            span = [places[clique[0]] - 0.05, places[clique[-1]] + 0.05]
+            ax.plot(span, [-0.3 - 0.35 * number] * 2, color=_COLOURS[0], linewidth=4)
+        below = -0.35 * len(ranks.cliques) - 0.4
+        for number, (name, place) in enumerate(places.items()):  # best on the left, from the top
+            left = number < half
+            height = below - 0.5 * (number if left else count - 1 - number)
+            edge = 1 - 0.05 * count if left else count + 0.05 * count
+            ax.plot([place, place, edge], [0, height, height], color="0.5", linewidth=0.8)
+            ax.text(edge, height, f" {name}  {place:.2f} ", ha="right" if left else "left", va="center")
         image = io.BytesIO()
         figure.savefig(image, format=path.suffix[1:])
     replace_file(path, image.getvalue())

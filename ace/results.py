@@ -17,9 +17,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from ace.comparison import LEVEL, compare
 from ace.errors import AceError, DataError
 from ace.history import History
 
+Mark = Literal["best", "close", ""]
 _ROW = ("task", "model", "method")  # of a table
 _IDENTITY = (*_ROW, "seed")  # of a run
 
@@ -155,9 +157,10 @@ def table(
     """Compare methods: mean ± standard error over seeds of each task × model × method.
 
     The standard error is s/√n, with s the standard deviation over the n seeds (n - 1 in its denominator);
-    one seed has none. Of each task and model the lowest mean is bold, if there are several methods. A
-    seed without a value (a run that diverged) does not count: the cell then says how many of the seeds
-    it stands for, and is never bold.
+    one seed has none. Of each task and model the lowest mean is bold, if there are several methods; those that
+    are not significantly worse, by the paired test of ``ace.comparison.compare`` at 5 %, are italic (underlined in
+    LaTeX). A seed without a value (a run that diverged) does not count: the cell then says how many of the seeds
+    it stands for, and is never marked.
 
     Args:
         results: One row per run, as :func:`load_results` gives them; rows may be selected before. Tasks,
@@ -210,10 +213,10 @@ def table(
 
     cell, text = (_markdown_cell, _markdown_text) if format == "markdown" else (_latex_cell, _latex_text)
     rows = [[*(text(str(part)) for part in key), str(count)] for *key, count in size.reset_index().to_numpy().tolist()]
-    for statistic in statistics.values():
-        values = zip(statistic["mean"], statistic["error"], statistic["n"], _best(statistic, size), strict=True)
-        for row, count, (mean, error, n, bold) in zip(rows, size, values, strict=True):
-            row.append(cell(mean, error, bold) + ("" if n == count else f" ({n} of {count})"))
+    for metric, statistic in statistics.items():
+        values = zip(statistic["mean"], statistic["error"], statistic["n"], _marks(results, metric, size), strict=True)
+        for row, count, (mean, error, n, mark) in zip(rows, size, values, strict=True):
+            row.append(cell(mean, error, mark) + ("" if n == count else f" ({n} of {count})"))
     heading = [*_ROW, "n", *map(text, metrics)]
     return _markdown(heading, rows) if format == "markdown" else _latex(heading, rows)
 
@@ -251,11 +254,15 @@ def _check_results(results: pd.DataFrame, metrics: list[str]) -> None:
         )
 
 
-def _best(statistic: pd.DataFrame, size: pd.Series[int]) -> list[bool]:
-    """Which rows have the lowest mean of their task and model, among those without missing values."""
-    complete = statistic["mean"].where(statistic["n"] == size)
-    group = complete.groupby(level=["task", "model"], observed=True)
-    return list((complete == group.transform("min")) & (group.transform("size") > 1))
+def _marks(results: pd.DataFrame, metric: str, size: pd.Series[int]) -> list[Mark]:
+    """Which rows are best in their task and model, and which are not significantly worse, if there are several."""
+    compared = compare(results, metric).reindex(size.index)
+    several = compared.groupby(level=["task", "model"], observed=True)["p"].transform("size") > 1
+    good = compared["p"] >= LEVEL
+    return [
+        "best" if best and many else "close" if close and many else ""
+        for best, close, many in zip(compared["best"], good, several, strict=True)
+    ]
 
 
 def _rounded(mean: float, error: float) -> tuple[str, str, int]:
@@ -280,24 +287,25 @@ def _exponent(value: float) -> int:
     return int(f"{value:.1e}".partition("e")[2])
 
 
-def _markdown_cell(mean: float, error: float, bold: bool) -> str:
+def _markdown_cell(mean: float, error: float, mark: Mark) -> str:
     if math.isnan(mean):
         return "–"
     number, deviation, power = _rounded(mean, error)
     cell = f"{number} ± {deviation}" if deviation else number
     if power:
         cell = f"({cell})e{power:+d}" if deviation else f"{cell}e{power:+d}"
-    return f"**{cell}**" if bold else cell
+    around = {"best": "**", "close": "_", "": ""}[mark]
+    return around + cell + around
 
 
-def _latex_cell(mean: float, error: float, bold: bool) -> str:
+def _latex_cell(mean: float, error: float, mark: Mark) -> str:
     if math.isnan(mean):
         return "--"
     number, deviation, power = _rounded(mean, error)
     cell = rf"{number} \pm {deviation}" if deviation else number.replace("inf", r"\infty")
     if power:
         cell = rf"({cell}) \times 10^{{{power}}}" if deviation else rf"{cell} \times 10^{{{power}}}"
-    return rf"$\mathbf{{{cell}}}$" if bold else f"${cell}$"
+    return {"best": rf"$\mathbf{{{cell}}}$", "close": rf"$\underline{{{cell}}}$", "": f"${cell}$"}[mark]
 
 
 def _markdown_text(text: str) -> str:

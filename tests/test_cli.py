@@ -18,7 +18,7 @@ from ace.cli import main
 from benchmarks.locks import is_locked
 
 pytestmark = pytest.mark.usefixtures("cache")
-COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "data", "certify", "diagnose")
+COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "ranks", "data", "certify", "diagnose")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,24 @@ def test_plots_are_images_with_something_on_them(smoke, tmp_path):
         f"nbody-egnn-{name}" for name in (*METHODS, "learning-curves", "equivariance-error")
     }
     assert all(colours(path) > 20 for path in paths)
+
+
+def test_ranks_are_printed_and_drawn(tmp_path):
+    for task, error in (("nbody", 1.0), ("broken", 3.0)):
+        for method, factor in (("strict", 2.0), ("ace", 1.0)):
+            run = tmp_path / task / method
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text("")
+            row = {"task": task, "model": "egnn", "method": method, "seed": 0, "test_shipped": error * factor}
+            (run / "summary.json").write_text(json.dumps(row))
+    done = inside("ranks", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[2:4] == ["| ace | 1.00 |", "| strict | 2.00 |"]
+    assert "not told apart: ace, strict" in done.stdout
+    assert colours(tmp_path / "figures" / "ranks.png") > 20
+    done = inside("ranks", str(tmp_path / "nbody"))
+    assert done.returncode == 2
+    assert "1 pairs" in done.stderr
 
 
 def colours(path):

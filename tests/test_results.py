@@ -169,7 +169,7 @@ def test_numbers_of_a_table_are_numpys(columns):
             np.testing.assert_allclose(float(row["test_error"]), error, rtol=1e-6, atol=1e-12 * max(column))
 
     for row, column in zip(cells(table(frame, "test")), columns, strict=True):
-        parsed = re.fullmatch(r"\(?([\d.]+)(?: ± ([\d.]+)\)?)?(?:e([+-]\d+))?", row[4].strip("*"))
+        parsed = re.fullmatch(r"\(?([\d.]+)(?: ± ([\d.]+)\)?)?(?:e([+-]\d+))?", row[4].strip("*_"))
         assert parsed, row
         unit = 10.0 ** int(parsed[3] or 0)
         error = np.std(column, ddof=1) / np.sqrt(len(column)) if len(column) > 1 else 0.0

@@ -1,0 +1,170 @@
+r"""Is a method better than another, or did the seeds fall that way? Paired tests within a task, ranks over tasks.
+
+Within a task, methods are compared by a paired t-test over the seeds they share, against the method of the lowest mean,
+one-sided, its p-values adjusted for the number of methods by Holm's rule. Over tasks, by mean ranks: Friedman's test,
+and the critical difference of Nemenyi, :math:`q_\alpha \sqrt{k (k+1) / (6 N)}` for k methods on N tasks (Demšar, JMLR
+7, 2006): methods whose mean ranks differ by less cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ace.errors import AceError
+
+LEVEL = 0.05
+"""Level of all tests."""
+_PAIR = ["task", "model"]
+
+
+def compare(results: pd.DataFrame, metric: str = "test_shipped") -> pd.DataFrame:
+    """Compare the methods of each task and model with the best one.
+
+    Args:
+        results: One row per run, as ``load_results`` gives them; of each task, model and method, each seed once.
+        metric: The column to compare, of which lower is better.
+
+    Returns:
+        One row per task, model and method, indexed by them in order of appearance: ``mean``; ``best``, whether it is
+        the lowest of the methods with a value for every seed; and ``p``, the adjusted probability of a difference to
+        the best one as large as this, or larger, between methods that are equally good. ``p`` is 1 for the best one,
+        and missing for one that shares fewer than two seeds with it or has runs without a value.
+
+    Example:
+        >>> results = pd.DataFrame(
+        ...     [("nbody", "egnn", method, seed, error + 0.01 * seed + noise * (-1) ** seed)
+        ...      for method, error, noise in (("ace", 0.5, 0), ("cr", 0.51, 0.05), ("strict", 0.7, 0.01))
+        ...      for seed in range(5)],
+        ...     columns=["task", "model", "method", "seed", "test"])
+        >>> compare(results, "test")["p"].round(3).tolist()
+        [1.0, 0.23, 0.0]
+    """
+    parts = {}
+    for pair, runs in results.groupby(_PAIR, sort=False, observed=True):
+        values = {str(method): of.set_index("seed")[metric].astype(float) for method, of in _by_method(runs)}
+        means = pd.Series({method: x.mean() for method, x in values.items()})
+        complete = means[[method for method, x in values.items() if x.notna().all()]]
+        p: dict[str, float] = {}
+        if len(complete):
+            best = str(complete.idxmin())
+            others = [str(method) for method in complete.index if method != best]
+            p = _holm({method: _paired(values[method] - values[best]) for method in others}) | {best: 1.0}
+        lowest = [method in complete and complete[method] == complete.min() for method in means.index]
+        parts[pair] = pd.DataFrame({"mean": means, "best": lowest, "p": pd.Series(p, dtype=float)}, means.index)
+    return pd.concat(parts, names=[*_PAIR, "method"])
+
+
+def _by_method(runs: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
+    return runs.groupby("method", sort=False, observed=True)
+
+
+def _paired(differences: pd.Series[float]) -> float:
+    """Probability of a mean difference as large as this one if it is 0 in truth."""
+    from scipy import stats  # takes half a second
+
+    x = differences.dropna().to_numpy()
+    if len(x) < 2 or not np.isfinite(x).all():
+        return math.nan
+    error = x.std(ddof=1) / math.sqrt(len(x))
+    if error == 0:
+        return float(x.mean() <= 0)
+    return float(stats.t.sf(x.mean() / error, len(x) - 1))
+
+
+def _holm(p: dict[str, float]) -> dict[str, float]:
+    """Adjust p-values for their number; missing ones do not count."""
+    ascending = pd.Series(p, dtype=float).dropna().sort_values()
+    adjusted = (ascending * np.arange(len(ascending), 0, -1)).cummax().clip(upper=1.0)
+    return {str(method): float(value) for method, value in adjusted.items()}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of methods over tasks.
+
+    Attributes:
+        mean: Mean rank of each method, ascending; 1 is best.
+        cases: Number of pairs of a task and a model.
+        p: p-value of Friedman's test that all methods are equally good.
+        critical: Critical difference: mean ranks that differ by less cannot be told apart at 5 %.
+        left_out: Methods that were not run in every case.
+    """
+
+    mean: pd.Series[float]
+    cases: int
+    p: float
+    critical: float
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = ["| method | mean rank |", "| ------ | --------- |"]
+        lines += [f"| {method} | {rank:.2f} |" for method, rank in self.mean.items()]
+        friedman = "" if math.isnan(self.p) else f"; Friedman's test: p = {self.p:.2g}"
+        lines += ["", f"{self.cases} pairs of task and model; critical difference {self.critical:.2f}{friedman}"]
+        lines += [f"not told apart: {', '.join(clique)}" for clique in self.cliques]
+        lines += [f"not run everywhere: {', '.join(self.left_out)}"] if self.left_out else []
+        return "\n".join(lines)
+
+    @property
+    def cliques(self) -> list[list[str]]:
+        """Largest groups of methods that cannot be told apart, of two at least, from the best on."""
+        names = list(self.mean.index)
+        found: list[list[str]] = []
+        for first, rank in enumerate(self.mean):
+            group = [name for name in names[first:] if self.mean[name] - rank < self.critical]
+            if len(group) > 1 and not (found and set(group) <= set(found[-1])):
+                found.append(group)
+        return found
+
+
+def rank(results: pd.DataFrame, metric: str = "test_shipped") -> Ranks:
+    """Rank the methods in each task and model by the mean over seeds, and average the ranks.
+
+    Args:
+        results: As for ``compare``.
+        metric: The column to compare, of which lower is better. A method with a run without a value is ranked last.
+
+    Returns:
+        The ranks of the methods that were run in every case.
+
+    Raises:
+        AceError: Fewer than two methods or two cases have all in common.
+
+    Example:
+        >>> results = pd.DataFrame(
+        ...     [(task, "egnn", method, 0, error)
+        ...      for task in "abcdefgh" for method, error in (("ace", 1.0), ("cr", 2.0), ("strict", 3.0))],
+        ...     columns=["task", "model", "method", "seed", "test"])
+        >>> ranks = rank(results, "test")
+        >>> ranks.mean.to_dict(), round(ranks.critical, 2), ranks.cliques
+        ({'ace': 1.0, 'cr': 2.0, 'strict': 3.0}, 1.17, [['ace', 'cr'], ['cr', 'strict']])
+    """
+    from scipy import stats
+
+    means = pd.DataFrame(
+        {
+            pair: {str(method): of[metric].astype(float).fillna(math.inf).mean() for method, of in _by_method(runs)}
+            for pair, runs in results.groupby(_PAIR, sort=False, observed=True)
+        }
+    ).T
+    everywhere = means.columns[means.notna().all()]
+    left_out = tuple(str(method) for method in means if method not in everywhere)
+    cases, methods = len(means), len(everywhere)
+    if cases < 2 or methods < 2:
+        raise AceError(
+            f"{methods} methods were run in each of {cases} pairs of task and model"
+            + (f" (not everywhere: {', '.join(left_out)})" if left_out else "")
+            + ": ranks need two of both"
+        )
+    ranks = means[everywhere].rank(axis=1)
+    average = ranks.mean().sort_values(kind="stable")
+    p = float(stats.friedmanchisquare(*ranks.T.to_numpy()).pvalue) if methods > 2 else math.nan
+    q = float(stats.studentized_range.ppf(1 - LEVEL, methods, math.inf)) / math.sqrt(2)
+    critical = q * math.sqrt(methods * (methods + 1) / (6 * cases))
+    return Ranks(average, cases, p, critical, left_out)
