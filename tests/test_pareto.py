@@ -1,3 +1,4 @@
+import json
 import math
 
 import pandas as pd
@@ -67,3 +68,25 @@ def test_the_table_counts_the_kept_tolerances_and_names_the_best_rival():
 def test_a_figure_shows_every_method(tmp_path):
     pareto.draw(joined(STRICT, PENALTY), tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
+
+
+def test_runs_of_a_second_folder_join_those_of_the_first(tmp_path):
+    def write(folder, seed):
+        for method, error, setting in (("strict", 1e-7, ""), ("ace-tolerance", 0.04, "eps=0.05")):
+            run = tmp_path / folder / f"{method}{seed}"
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text("")
+            row = {"task": "broken", "model": "vector", "method": method, "seed": seed, "setting": setting, "steps": 10}
+            row |= {"equivariance_rms": error, "equivariance_p95": error, "test_shipped": 1.0 + seed}
+            (run / "summary.json").write_text(json.dumps(row | {"cpu_seconds_per_step": 1e-3, "config_hash": run.name}))
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for folder, seeds in (("first", (0, 1)), ("second", (1, 2))):
+        for seed in seeds:
+            write(folder, seed)
+        pareto.report(tmp_path / folder, out)
+    found = pd.read_csv(out / "pareto.csv")
+    assert found.groupby("method")["seed"].agg(list).to_dict() == {"strict": [0, 1, 2], "ace-tolerance": [0, 1, 2]}
+    assert "| 0.05 | 3 of 3 |" in (out / "tolerance.md").read_text()
+    assert (out / "pareto-broken-vector.png").stat().st_size > 10_000

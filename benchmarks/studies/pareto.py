@@ -59,7 +59,7 @@ def report(folder: Path, out: Path) -> None:
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
     if (out / "pareto.csv").exists():
         old = pd.read_csv(out / "pareto.csv", keep_default_na=False, na_values=["nan"])
-        runs = pd.concat([old, runs]).drop_duplicates("config_hash", keep="last")
+        runs = pd.concat([old, runs], ignore_index=True).drop_duplicates("config_hash", keep="last")
     order = {method: number for number, method in enumerate(METHODS)}
     runs["value"] = runs["setting"].str.extract(r"=([\d.e-]+)")[0].astype(float).fillna(0.0)
     runs = runs.sort_values([*PAIR, "method", "value", "seed"], key=lambda c: c.map(order) if c.name == "method" else c)
