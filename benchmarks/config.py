@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from ace.errors import ConfigError
+from benchmarks import plugins
+from benchmarks.methods import METHODS
 from benchmarks.models import MODELS
+from benchmarks.options import Options
 from benchmarks.tasks import TASKS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,182 +35,23 @@ Flat = dict[tuple[str, ...], tuple[Any, str]]
 """Dotted key, as a tuple, to the value and the source it came from."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class _Relaxing(_Frozen):
-    """Options of the methods that choose their relaxation terms."""
-
-    term: Literal["linear", "mlp", "spectral"] = "linear"
-    rank: int | None = Field(None, gt=0)
-    normalize: bool = False
-
-
-class Strict(_Frozen):
-    """The equivariant model as it is."""
-
-    name: Literal["strict"]
-
-
-class Unconstrained(_Relaxing):
-    """γ = 1 throughout; the relaxed model is shipped."""
-
-    name: Literal["unconstrained"]
-
-
-class Ace(_Relaxing):
-    """γ = 0 as a constraint, with the default primal-dual optimizer; the restored model is shipped."""
-
-    name: Literal["ace"]
-    polish: float = Field(0.2, ge=0, lt=1)
-
-
-class AceResilient(_Relaxing):
-    """γ is paid for at the price ``rho``; the relaxed model is shipped."""
-
-    name: Literal["ace-resilient"]
-    rho: float = Field(1.0, gt=0)
-    measure: Literal["strength", "norm", "relative"] = "strength"
-
-
-class AceTolerance(_Relaxing):
-    """The equivariance error of the model stays below ``eps``; the relaxed model is shipped."""
-
-    name: Literal["ace-tolerance"]
-    eps: float = Field(0.05, gt=0)
-    share: float = Field(1.0, gt=0, le=1)
-
-
-class AcePaper(_Relaxing):
-    """γ = 0 by the published algorithm with dual rate ``dual_lr`` (default: ``lr``); restored is shipped."""
-
-    name: Literal["ace-paper"]
-    dual_lr: float | None = Field(None, gt=0)
-
-
-class Augmentation(_Relaxing):
-    """γ = 1 throughout, every training sample moved by a random element; the relaxed model is shipped."""
-
-    name: Literal["augmentation"]
-
-
-class _Decay(_Relaxing):
-    final: float = Field(0.0, ge=0, le=1)
-    until: float = Field(0.8, gt=0, le=1)
-
-
-class LinearDecay(_Decay):
-    """γ falls linearly from 1 to ``final`` in the share ``until`` of the steps; relaxed is shipped if final > 0."""
-
-    name: Literal["linear-decay"]
-
-
-class CosineDecay(_Decay):
-    """γ falls along half a cosine from 1 to ``final`` in the share ``until`` of the steps."""
-
-    name: Literal["cosine-decay"]
-
-
-def _number(value: Any) -> Any:
-    """Read what YAML takes for a word, such as 1e-3, as the number that it is."""
-    try:
-        return float(value) if isinstance(value, str) and value.lstrip("+-")[:1].isdigit() else value
-    except ValueError:
-        return value
-
-
-class Controlled(_Relaxing):
-    """γ as ``controller`` sets it, a class ``module:Class``; shipped without the terms if ``restore``."""
-
-    name: Literal["controlled"]
-    controller: str = "benchmarks.methods.controllers:Descent"
-    options: dict[str, Annotated[Any, BeforeValidator(_number)]] = {}
-    restore: bool = False
-
-
-class Cr(_Frozen):
-    """γ on a triangle 0, 1, 0 and a Lie-derivative regulariser of this weight; restored is shipped."""
-
-    name: Literal["cr"]
-    weight: float = Field(0.01, ge=0)
-
-
-class CrNorm(_Frozen):
-    """``cr`` with the norm of the terms' outputs alone as regulariser."""
-
-    name: Literal["cr-norm"]
-    weight: float = Field(0.01, ge=0)
-
-
-class Penalty(_Relaxing):
-    """γ = 1 and a price on the relative size of the terms' outputs; the relaxed model is shipped."""
-
-    name: Literal["penalty"]
-    weight: float = Field(0.1, ge=0)
-
-
-class Rpp(_Relaxing):
-    """γ = 1 and a price on the squared weights of the terms; the relaxed model is shipped."""
-
-    name: Literal["rpp"]
-    weight: float = Field(0.01, ge=0)
-
-
-class Projection(_Frozen):
-    """γ = 1 and a price on the distance of the terms from equivariant maps; the relaxed model is shipped."""
-
-    name: Literal["projection"]
-    weight: float = Field(0.01, ge=0)
-
-
-class Remul(_Relaxing):
-    """γ = 1; the loss on transformed data is added with this weight; the relaxed model is shipped."""
-
-    name: Literal["remul"]
-    weight: float = Field(1.0, ge=0)
-
-
-class RemulGradNorm(_Relaxing):
-    """``remul`` with the weights of GradNorm, which learn at the rate ``balance_lr``."""
-
-    name: Literal["remul-gradnorm"]
-    balance_lr: float = Field(0.025, gt=0)
-
-
-def _options(name: str, build: Callable[..., Any]) -> type[_Frozen]:
+def _options(name: str, build: Callable[..., Any]) -> type[Options]:
     """Make the configuration type of a constructor: its arguments with a default that are not bound already."""
     constructor, bound = (build.func, build.keywords) if isinstance(build, partial) else (build, {})
     hints = get_type_hints(constructor.__init__)
     fields: dict[str, Any] = {
-        key: (hints[key], parameter.default)
+        key: (hints.get(key, Any), parameter.default)
         for key, parameter in inspect.signature(build).parameters.items()
         if parameter.default is not parameter.empty and key not in bound
     }
-    return create_model(name, __base__=_Frozen, name=(Literal[name], ...), **fields)
+    return create_model(name, __base__=Options, name=(Literal[name], ...), **fields)
 
 
-CHOICES: dict[str, dict[str, type[_Frozen]]] = {
+CHOICES: dict[str, dict[str, type[Options]]] = {
     "task": {name: _options(name, entry.factory) for name, entry in TASKS.items()},
     "model": {name: _options(name, entry.build) for name, entry in MODELS.items()},
     "method": {
-        "strict": Strict,
-        "unconstrained": Unconstrained,
-        "augmentation": Augmentation,
-        "ace": Ace,
-        "ace-resilient": AceResilient,
-        "ace-tolerance": AceTolerance,
-        "ace-paper": AcePaper,
-        "linear-decay": LinearDecay,
-        "cosine-decay": CosineDecay,
-        "controlled": Controlled,
-        "cr": Cr,
-        "cr-norm": CrNorm,
-        "penalty": Penalty,
-        "rpp": Rpp,
-        "projection": Projection,
-        "remul": Remul,
-        "remul-gradnorm": RemulGradNorm,
+        name: create_model(name, __base__=entry.Options, name=(Literal[name], ...)) for name, entry in METHODS.items()
     },
 }
 """What can be chosen for each part of a run, with the type of its options."""
@@ -217,11 +61,7 @@ def _one_of(part: str) -> Any:
     return Annotated[reduce(or_, CHOICES[part].values()), Field(discriminator="name")]
 
 
-BY_IRREPS = ("cr", "cr-norm", "projection")
-"""Methods that regularise maps between representations which the model's entry must name."""
-
-
-class RunConfig(_Frozen):
+class RunConfig(Options):
     """One run: a task, a model, a method, a seed, and how to train.
 
     Attributes:
@@ -246,7 +86,7 @@ class RunConfig(_Frozen):
 
     task: _one_of("task")  # type: ignore[valid-type]
     model: _one_of("model")  # type: ignore[valid-type]
-    method: _one_of("method") = Ace(name="ace")  # type: ignore[valid-type]
+    method: _one_of("method") = CHOICES["method"]["ace"](name="ace")  # type: ignore[valid-type]
     seed: int = Field(0, ge=0)
     steps: int = Field(10_000, gt=0)
     batch_size: int = Field(100, gt=0)
@@ -263,10 +103,15 @@ class RunConfig(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        model, method = MODELS[self.model.name], METHODS[self.method.name]
         models = TASKS[self.task.name].models
-        if self.model.name not in models:
+        if self.model.name not in models and self.task.name not in model.tasks:
             raise ValueError(f"model {self.model.name!r} does not run on {self.task.name} ({', '.join(models)} do)")
-        if self.method.name in BY_IRREPS and MODELS[self.model.name].read_types is None:
+        if method.relaxes and not model.layers:
+            raise ValueError(
+                f"method {self.method.name!r} relaxes layers, and model {self.model.name!r} has none to relax"
+            )
+        if method.by_irreps and model.read_types is None:
             raise ValueError(
                 f"method {self.method.name!r} does not apply to model {self.model.name!r}: it regularises maps between "
                 "e3nn irreps, which the features of its layers are not"
@@ -299,7 +144,7 @@ class RunConfig(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class _Block(_Frozen):
+class _Block(Options):
     """One product of a suite's grid; methods and seeds default to those of the suite.
 
     ``sweep`` holds values of dotted keys, such as ``method.eps: [0.02, 0.05]``; each combination is a run.
@@ -310,8 +155,8 @@ class _Block(_Frozen):
     models: list[str] = Field(min_length=1)
     methods: list[str] | None = None
     seeds: list[int] | None = None
-    overrides: dict[str, Any] = {}
-    sweep: dict[str, list[Any]] = {}
+    overrides: dict[str, Any] = Field({})
+    sweep: dict[str, list[Any]] = Field({})
     optional: bool = False
 
 
@@ -322,7 +167,7 @@ class Suite(NamedTuple):
     optional: frozenset[str]
 
 
-class SuiteConfig(_Frozen):
+class SuiteConfig(Options):
     """A grid of runs: the union of blocks, each task × model × method × seed.
 
     Attributes:
@@ -333,9 +178,9 @@ class SuiteConfig(_Frozen):
     """
 
     grid: list[_Block] = Field(min_length=1)
-    methods: list[str] = []
-    seeds: list[int] = [0]
-    overrides: dict[str, Any] = {}
+    methods: list[str] = Field([])
+    seeds: list[int] = Field([0])
+    overrides: dict[str, Any] = Field({})
 
 
 def load_run(task: str | Path, words: Iterable[str] = ()) -> RunConfig:
@@ -455,10 +300,11 @@ def find(kind: str, word: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"{path}: no such file")
-    named = CONFIGS / kind / f"{word}.yaml"
-    if named.is_file():
-        return named
-    names = sorted(file.stem for file in (CONFIGS / kind).glob("*.yaml"))
+    folders = [configs / kind for configs in (CONFIGS, *(folder / "configs" for folder in plugins.folders()))]
+    for folder in folders:
+        if (named := folder / f"{word}.yaml").is_file():
+            return named
+    names = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
     raise ConfigError(f"no {kind[:-1]} called {str(word)!r}{_nearest(str(word), names)}; or pass a YAML file")
 
 
@@ -477,8 +323,8 @@ def _resolve(task: str | Path, overrides: Flat) -> RunConfig:
         name: Flat = {("model", "name"): (model, str(path))}
         own = _flatten(entries[model], f"{path} (models: {model})")
         flat = _overlay(_flatten(content, str(path)), name, own, overrides)
-    defaults = CONFIGS / "methods" / f"{method or 'ace'}.yaml"
-    if defaults.is_file():
+    if (method or "ace") in METHODS:
+        defaults = find("methods", method or "ace")
         flat = {**_flatten(_read(defaults), str(defaults)), **flat}
     return _check(flat, str(path))
 

@@ -229,7 +229,7 @@ def test_a_wrong_suite_is_refused(tmp_path, content, message):
 def test_every_configuration_of_the_repository_is_valid():
     for path in (CONFIGS / "tasks").glob("*.yaml"):
         for model in TASKS[path.stem].models:
-            assert load_run(path, [f"model={model}"]).task.name == path.stem
+            assert load_run(path, [f"model={model}", "method=strict"]).task.name == path.stem
     for path in (CONFIGS / "methods").glob("*.yaml"):
         assert load_run("nbody", [f"method={path.stem}"]).method.name == path.stem
     for path in (CONFIGS / "suites").glob("*.yaml"):

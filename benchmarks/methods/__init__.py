@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import plugins
 from benchmarks.methods.base import Method, Strict, Unconstrained
 from benchmarks.methods.constrained import Ace, AcePaper, AceResilient, AceTolerance
 from benchmarks.methods.controllers import Controlled
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "remul": Remul,
     "remul-gradnorm": RemulGradNorm,
 }
+METHODS |= plugins.load("methods", METHODS)
 """Name in the configuration -> method."""
 
 __all__ = ["METHODS", "Method"]

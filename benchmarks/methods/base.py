@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import ace
 from ace.errors import ConstraintNotMet, NonFiniteLoss
-from benchmarks.config import RunConfig
 from benchmarks.models import MODELS
+from benchmarks.options import Options, Relaxing
 from benchmarks.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from benchmarks.config import RunConfig
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -40,10 +43,16 @@ class Method(ABC):
         task: What is to be learnt.
 
     Attributes:
+        Options: The options ``method.*`` of the configuration, with their defaults.
+        relaxes: Whether it adds relaxation terms.
+        by_irreps: Whether it needs the irreps that the model's entry names.
         ships_relaxed: Whether the model is shipped with its relaxation terms.
         model: The model in training.
     """
 
+    Options: type[Options] = Relaxing
+    relaxes = True
+    by_irreps = False
     ships_relaxed = False
 
     def __init__(self, config: RunConfig, model: nn.Module, task: Task) -> None:
@@ -106,6 +115,9 @@ class Method(ABC):
 class Strict(Method):
     """Plain training of the equivariant model; also the base of the methods that do not learn γ."""
 
+    Options = Options
+    relaxes = False
+
     def setup(self) -> None:  # noqa: D102
         self.done = 0
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -150,6 +162,8 @@ class Strict(Method):
 class Unconstrained(Strict):
     """The relaxed model with γ = 1 throughout, shipped with its terms."""
 
+    Options = Relaxing
+    relaxes = True
     ships_relaxed = True
 
     def setup(self) -> None:  # noqa: D102

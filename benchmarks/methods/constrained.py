@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 import ace
 from benchmarks.methods.base import Method
+from benchmarks.options import Relaxing
 from benchmarks.tasks import Batch
 
 
@@ -45,12 +48,19 @@ class Constrained(Method):
 class Ace(Constrained):
     """γ = 0, by the default form."""
 
+    class Options(Relaxing):  # noqa: D106
+        polish: float = Field(0.2, ge=0, lt=1)
+
     def form(self) -> dict[str, Any]:  # noqa: D102
         return {"polish": self.config.method.polish}
 
 
 class AceResilient(Constrained):
-    """The relaxation as a price, shipped with the terms that the data pay for."""
+    """The relaxation as a price, ``rho``, shipped with the terms that the data pay for."""
+
+    class Options(Relaxing):  # noqa: D106
+        rho: float = Field(1.0, gt=0)
+        measure: Literal["strength", "norm", "relative"] = "strength"
 
     ships_relaxed = True
 
@@ -59,7 +69,11 @@ class AceResilient(Constrained):
 
 
 class AceTolerance(Constrained):
-    """A tolerance on the equivariance error of the whole model, shipped with its terms."""
+    """A tolerance ``eps`` on the equivariance error of the whole model, shipped with its terms."""
+
+    class Options(Relaxing):  # noqa: D106
+        eps: float = Field(0.05, gt=0)
+        share: float = Field(1.0, gt=0, le=1)
 
     ships_relaxed = True
 
@@ -77,7 +91,10 @@ class AceTolerance(Constrained):
 
 
 class AcePaper(Constrained):
-    """γ = 0 by Algorithm 1 as published."""
+    """γ = 0 by Algorithm 1 as published, with dual rate ``dual_lr`` (default: ``lr``)."""
+
+    class Options(Relaxing):  # noqa: D106
+        dual_lr: float | None = Field(None, gt=0)
 
     def form(self) -> dict[str, Any]:  # noqa: D102
         return {"preset": "paper", "dual_lr": self.config.method.dual_lr}

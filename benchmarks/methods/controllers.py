@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 import ace
@@ -22,6 +23,7 @@ from ace.errors import AceError, ConfigError
 from ace.relaxation import measuring
 from ace.symmetry import Watch
 from benchmarks.methods.base import Unconstrained
+from benchmarks.options import Relaxing
 from benchmarks.tasks import Batch
 
 MEASURED = ("gradient", "ratio", "error")
@@ -139,8 +141,21 @@ class Descent(Controller):
         self.square = state["square"]
 
 
+def _number(value: Any) -> Any:
+    """Read what YAML takes for a word, such as 1e-3, as the number that it is."""
+    try:
+        return float(value) if isinstance(value, str) and value.lstrip("+-")[:1].isdigit() else value
+    except ValueError:
+        return value
+
+
 class Controlled(Unconstrained):
-    """γ as a controller sets it; shipped with the terms, or with ``restore`` without them."""
+    """γ as a controller sets it, a class ``module:Class``; shipped with the terms, or with ``restore`` without them."""
+
+    class Options(Relaxing):  # noqa: D106
+        controller: str = "benchmarks.methods.controllers:Descent"
+        options: dict[str, Annotated[Any, BeforeValidator(_number)]] = Field({})
+        restore: bool = False
 
     def setup(self) -> None:  # noqa: D102
         super().setup()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 import ace
@@ -14,6 +15,7 @@ from ace.relaxation import measuring
 from benchmarks.methods.base import Unconstrained, derived_seed
 from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
+from benchmarks.options import Options, Relaxing
 from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer
 from benchmarks.tasks import Batch
 
@@ -33,6 +35,10 @@ class Augmentation(Unconstrained):
 
 class Scheduled(Controlled):
     """γ of all layers follows a curve; shipped with its terms only if the curve ends above 0."""
+
+    class Options(Relaxing):  # noqa: D106
+        final: float = Field(0.0, ge=0, le=1)
+        until: float = Field(0.8, gt=0, le=1)
 
     def setup(self) -> None:  # noqa: D102
         super().setup()
@@ -76,6 +82,11 @@ class Cr(Scheduled):
     objective is J + weight · r with the ``LieRegularizer``'s r.
     """
 
+    by_irreps = True
+
+    class Options(Options):  # noqa: D106
+        weight: float = Field(0.01, ge=0)
+
     def setup(self) -> None:  # noqa: D102
         super().setup()
         entry = MODELS[self.config.model.name]
@@ -99,6 +110,9 @@ class CrNorm(Cr):
 class Penalty(Unconstrained):
     r"""A fixed price on the size of the terms: J + weight · :math:`\sum_i \|f^i_{neq}\|^2 / \|f^i_{eq}\|^2`, γ = 1."""
 
+    class Options(Relaxing):  # noqa: D106
+        weight: float = Field(0.1, ge=0)
+
     def step(self, batch: Batch) -> Any:  # noqa: D102
         with measuring(ace.relaxations(self.model).values()) as totals:
             loss = self.task.loss(self.model, batch)
@@ -113,6 +127,9 @@ class Rpp(Unconstrained):
     The maximum a posteriori form, with a prior on the weights of the terms alone.
     """
 
+    class Options(Relaxing):  # noqa: D106
+        weight: float = Field(0.01, ge=0)
+
     def step(self, batch: Batch) -> Any:  # noqa: D102
         loss = self.task.loss(self.model, batch)
         weights = [p for r in ace.relaxations(self.model).values() for p in r.term.parameters()]
@@ -125,6 +142,11 @@ class Projection(Unconstrained):
 
     The objective is J + weight · r with the ``ProjectionRegularizer``'s r, γ = 1.
     """
+
+    by_irreps = True
+
+    class Options(Options):  # noqa: D106
+        weight: float = Field(0.01, ge=0)
 
     def setup(self) -> None:  # noqa: D102
         super().setup()
@@ -144,6 +166,9 @@ class Remul(Augmentation):
     with one random element for each sample. ``weight`` is β, for α = 1.
     """
 
+    class Options(Relaxing):  # noqa: D106
+        weight: float = Field(1.0, ge=0)
+
     def step(self, batch: Batch) -> Any:  # noqa: D102
         task, symmetry = self.losses(batch)
         return self.descend(task, task + self.config.method.weight * symmetry)
@@ -161,6 +186,9 @@ class RemulGradNorm(Remul):
     last relaxed layer, :math:`\bar G` their mean, held fixed, and :math:`r_k` the loss :math:`J_k` over its first
     value, relative to the mean of both; then scales them to the sum 2.
     """
+
+    class Options(Relaxing):  # noqa: D106
+        balance_lr: float = Field(0.025, gt=0)
 
     def setup(self) -> None:  # noqa: D102
         super().setup()

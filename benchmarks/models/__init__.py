@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks import plugins
 from benchmarks.models.cnn import CNN
 from benchmarks.models.egnn import EGNN
 from benchmarks.models.egno import EGNO
@@ -34,6 +35,7 @@ class ModelEntry:
             linear terms by them do not apply.
         write_types: Layer -> e3nn irreps of the node tensors it returns, concatenated.
         read_positions: Layer -> the entries of what it is called with that translations move.
+        tasks: Tasks it runs on beside those that name it.
         package: The package that the model comes from, if it is none of those that the suite needs anyway.
     """
 
@@ -42,6 +44,7 @@ class ModelEntry:
     read_types: Callable[[Any], str] | None = None
     write_types: Callable[[Any], str] | None = None
     read_positions: Callable[[Any], slice] = lambda layer: slice(0)
+    tasks: tuple[str, ...] = ()
     package: str | None = None
 
     @property
@@ -106,3 +109,5 @@ MODELS = {
     "vn-dgcnn": _vectors(VNDGCNN, "VNBlock"),
     "vector": _vectors(VectorNet, "VectorLayer"),
 }
+MODELS |= plugins.load("models", MODELS)
+"""Name -> `ModelEntry`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks import shapes
+from benchmarks import plugins, shapes
 from benchmarks.data import explain_file, explain_motion, find_file, find_motion
 from benchmarks.molecules import md_available, qm9_available
 from benchmarks.tasks import rotmnist, smoke
@@ -29,16 +29,12 @@ class TaskEntry:
     Attributes:
         factory: Constructor; takes the data options of the configuration.
         models: Names of the models usually run on it.
-        available: Says whether its data are at hand and, if not, what to do.
+        available: Says whether its data are at hand and, if not, what to do; without it, they are generated.
     """
 
     factory: Callable[..., Task]
     models: tuple[str, ...]
-    available: Callable[[], tuple[bool, str]]
-
-
-def _generated() -> tuple[bool, str]:
-    return True, ""
+    available: Callable[[], tuple[bool, str]] = lambda: (True, "")
 
 
 def _motion_available(subject: str) -> tuple[bool, str]:
@@ -50,10 +46,10 @@ def _file_available(relative: str, how: str) -> tuple[bool, str]:
 
 
 TASKS = {
-    "broken": TaskEntry(Broken, ("vector",), _generated),
-    "nbody": TaskEntry(NBody, ("egnn", "segnn"), _generated),
-    "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn"), _generated),
-    "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn"), _generated),
+    "broken": TaskEntry(Broken, ("vector",)),
+    "nbody": TaskEntry(NBody, ("egnn", "segnn")),
+    "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn")),
+    "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn")),
     **{
         f"mocap-{motion}{turned * '-turned'}": TaskEntry(
             partial(MotionCapture, motion, turned=turned), ("egno", "egnn"), partial(_motion_available, subject)
@@ -74,4 +70,5 @@ TASKS = {
     "qm9": TaskEntry(QM9, ("schnet", "segnn-molecular"), qm9_available),
     "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip"), md_available),
 }
+TASKS |= plugins.load("tasks", TASKS)
 """Name -> `TaskEntry`."""
