@@ -1,9 +1,14 @@
 r"""Is a method better than another, or did the seeds fall that way? Paired tests within a task, ranks over tasks.
 
-Within a task, methods are compared by a paired t-test over the seeds they share, against the method of the lowest mean,
-one-sided, its p-values adjusted for the number of methods by Holm's rule. Over tasks, by mean ranks: Friedman's test,
-and the critical difference of Nemenyi, :math:`q_\alpha \sqrt{k (k+1) / (6 N)}` for k methods on N tasks (Demšar, JMLR
-7, 2006): methods whose mean ranks differ by less cannot be told apart.
+Within a task, each method is compared with that of the lowest mean by a t-test paired by seeds, one-sided, on
+logarithms where all values are positive. Its variance is that of all methods together, of what is left of a value
+without the effects of its method and of its seed: with k methods and n seeds it has (k - 1)(n - 1) degrees of freedom,
+where the differences of two methods alone have n - 1, too few to tell anything from three seeds. For two methods it is
+the paired t-test. P-values are adjusted for the number of methods by Holm's rule.
+
+Over tasks, by mean ranks: Friedman's test, and the critical difference of Nemenyi,
+:math:`q_\alpha \sqrt{k (k+1) / (6 N)}` for k methods on N tasks (Demšar, JMLR 7, 2006): methods whose mean ranks differ
+by less cannot be told apart.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ def compare(results: pd.DataFrame, metric: str = "test_shipped") -> pd.DataFrame
         One row per task, model and method, indexed by them in order of appearance: ``mean``; ``best``, whether it is
         the lowest of the methods with a value for every seed; and ``p``, the adjusted probability of a difference to
         the best one as large as this, or larger, between methods that are equally good. ``p`` is 1 for the best one,
-        and missing for one that shares fewer than two seeds with it or has runs without a value.
+        and missing for those with a run without a finite value, and where the others share fewer than two seeds.
 
     Example:
         >>> results = pd.DataFrame(
@@ -43,18 +48,15 @@ def compare(results: pd.DataFrame, metric: str = "test_shipped") -> pd.DataFrame
         ...      for seed in range(5)],
         ...     columns=["task", "model", "method", "seed", "test"])
         >>> compare(results, "test")["p"].round(3).tolist()
-        [1.0, 0.23, 0.0]
+        [1.0, 0.186, 0.0]
     """
     parts = {}
     for pair, runs in results.groupby(_PAIR, sort=False, observed=True):
         values = {str(method): of.set_index("seed")[metric].astype(float) for method, of in _by_method(runs)}
         means = pd.Series({method: x.mean() for method, x in values.items()})
-        complete = means[[method for method, x in values.items() if x.notna().all()]]
-        p: dict[str, float] = {}
-        if len(complete):
-            best = str(complete.idxmin())
-            others = [str(method) for method in complete.index if method != best]
-            p = _holm({method: _paired(values[method] - values[best]) for method in others}) | {best: 1.0}
+        complete = means[[method for method, x in values.items() if np.isfinite(x).all()]]
+        shared = pd.DataFrame({method: values[str(method)] for method in complete.index}).dropna()
+        p = _against_best(shared, str(complete.idxmin())) if len(complete) else {}
         lowest = [method in complete and complete[method] == complete.min() for method in means.index]
         parts[pair] = pd.DataFrame({"mean": means, "best": lowest, "p": pd.Series(p, dtype=float)}, means.index)
     return pd.concat(parts, names=[*_PAIR, "method"])
@@ -64,17 +66,22 @@ def _by_method(runs: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
     return runs.groupby("method", sort=False, observed=True)
 
 
-def _paired(differences: pd.Series[float]) -> float:
-    """Probability of a mean difference as large as this one if it is 0 in truth."""
+def _against_best(values: pd.DataFrame, best: str) -> dict[str, float]:
+    """Adjusted p-values of the columns, from rows of seeds that all of them have."""
     from scipy import stats  # takes half a second
 
-    x = differences.dropna().to_numpy()
-    if len(x) < 2 or not np.isfinite(x).all():
-        return math.nan
-    error = x.std(ddof=1) / math.sqrt(len(x))
-    if error == 0:
-        return float(x.mean() <= 0)
-    return float(stats.t.sf(x.mean() / error, len(x) - 1))
+    others = [str(method) for method in values if method != best]
+    seeds = len(values)
+    p: dict[str, float] = {}
+    if seeds > 1 and others:
+        x = values.map(math.log) if (values > 0).all(axis=None) else values
+        left = x.sub(x.mean(axis=1), axis=0) - x.mean() + x.to_numpy().mean()
+        freedom = (seeds - 1) * len(others)
+        error = math.sqrt(2 * float((left**2).to_numpy().sum()) / freedom / seeds)
+        gap = x.mean()[others] - x.mean()[best]
+        error = max(error, 1e-12 * float(x.abs().to_numpy().max()), 1e-300)  # rounding, where seeds change nothing
+        p = _holm({method: float(stats.t.sf(gap[method] / error, freedom)) for method in others})
+    return p | {best: 1.0}
 
 
 def _holm(p: dict[str, float]) -> dict[str, float]:
