@@ -21,7 +21,7 @@ import ace.results
 from ace import cli, problem, terms
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "methods").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r"^\.\. auto(?:function|class|exception|module|data|method):: ([\w.]+)", re.MULTILINE)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -128,6 +128,18 @@ def test_the_commands_in_the_pages_exist() -> None:
         re.findall(r"^ace ([a-z]+)", "".join(SHELL.findall(CLI_PAGE.read_text(encoding="utf-8"))), re.MULTILINE)
     )
     assert named == set(commands)
+
+
+def test_every_method_has_a_page() -> None:
+    from benchmarks.methods import METHODS
+
+    folder = ROOT / "docs" / "methods"
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    assert {path.stem for path in folder.glob("*.md")} == {*METHODS, "index"}
+    for method in METHODS:
+        assert f"[`{method}`]({method}.md)" in index
+        assert re.search(rf"^{method}$", index, re.MULTILINE)
+        assert "## What we found" in (folder / f"{method}.md").read_text(encoding="utf-8")
 
 
 def test_the_files_that_the_makefile_names_exist() -> None:
