@@ -12,9 +12,7 @@ import sys
 from collections.abc import Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
-
-from ace.errors import ConfigError
+from typing import Any, NoReturn
 
 
 def folders() -> list[Path]:
@@ -25,7 +23,7 @@ def folders() -> list[Path]:
     """
     found = [Path(word) for word in os.environ.get("ACE_PLUGINS", "").split(os.pathsep) if word]
     if absent := [str(folder) for folder in found if not folder.is_dir()]:
-        raise ConfigError(f"ACE_PLUGINS: no such folder: {', '.join(absent)}")
+        _refuse(f"ACE_PLUGINS: no such folder: {', '.join(absent)}")
     return found
 
 
@@ -51,8 +49,14 @@ def load(kind: str, known: Mapping[str, Any]) -> dict[str, Any]:
         spec.loader.exec_module(module)
         entries = getattr(module, kind.upper(), None)
         if not isinstance(entries, dict):
-            raise ConfigError(f"{path}: has no dictionary {kind.upper()} of what it adds")
+            _refuse(f"{path}: has no dictionary {kind.upper()} of what it adds")
         if taken := sorted(entries.keys() & (known.keys() | found.keys())):
-            raise ConfigError(f"{path}: there are {kind} called {', '.join(taken)} already")
+            _refuse(f"{path}: there are {kind} called {', '.join(taken)} already")
         found |= entries
     return found
+
+
+def _refuse(message: str) -> NoReturn:
+    from ace.errors import ConfigError  # here, since the models load without ace
+
+    raise ConfigError(message)
