@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ace.comparison import holm
 from ace.errors import AceError
 from ace.groups import E3, O3, Element, Group, Translations
 from ace.symmetry import act_by_sample, by_sample
@@ -187,7 +188,7 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
     if gate >= LEVEL:
         return [replace(whole, verdict="kept")]
     tests |= {name: test(name, SLIGHT * worst.gain) for name in subgroups}
-    adjusted = _holm({name: of.p for name, of in tests.items()}, gate)
+    adjusted = holm({name: of.p for name, of in tests.items()}, gate)
     findings = [whole]
     for name, of in tests.items():
         verdict: Verdict = "undecided"
@@ -198,15 +199,6 @@ def judge(rows: Rows, group: Group, subgroups: Mapping[str, Group], seed: int = 
         if name != str(group):
             findings.append(Finding(name, verdict, adjusted[name], of.t, of.error, of.excess, of.even))
     return findings
-
-
-def _holm(values: Mapping[str, float], gate: float) -> dict[str, float]:
-    """Adjust p-values for their number, and let none be below the gate's."""
-    largest, adjusted = gate, {}
-    for rank, name in enumerate(sorted(values, key=lambda name: values[name])):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[name]))
-        adjusted[name] = largest
-    return adjusted
 
 
 @dataclass(frozen=True)
@@ -251,9 +243,8 @@ class _Probe:
         block = (torch.randperm(self.count, generator=self.random) * BLOCKS // self.count)[rows.index]
         self.rows = rows = rows.sorted(block.argsort(stable=True))
         self.blocks = torch.bincount(block, minlength=BLOCKS).tolist()
-        late = torch.zeros(self.count, dtype=torch.bool)
-        late[rows.index[sum(self.blocks[: BLOCKS // 2]) :]] = True
-        self.late = late
+        self.late = torch.zeros(self.count, dtype=torch.bool)
+        self.late[rows.index[sum(self.blocks[: BLOCKS // 2]) :]] = True
         self.residual = _standardized(rows)
         size = self.by_sample(self.residual.square()).sqrt()
         cut = (OUTLIER * size.median() / size.clamp_min(1e-300)).clamp(max=1.0)[rows.index]
@@ -267,7 +258,7 @@ class _Probe:
         self.mix = self.mixes(channels)
         self.near = channels[:, :0] if rows.near is None else rows.near.double()
         self.mix_near = self.mixes(self.near)
-        self.of_near = 0  # number of features of what is near
+        self.of_near = 1 + 3 * self.near.shape[1] + 10 * MIXES  # features: 1, linear, ten cubes of each combination
 
     def mixes(self, channels: Tensor) -> Tensor:
         """Draw random combinations of channels."""
@@ -294,7 +285,6 @@ class _Probe:
             parts = [torch.ones_like(flat[:, :1])]
             if u.shape[1]:
                 parts += [u.flatten(1), _cubes(u, self.mix_near)]
-            self.of_near = sum(part.shape[1] for part in parts)
             parts += [flat, flat[:, first] * flat[:, second], _cubes(w, self.mix), slot]
             yield torch.cat(parts, 1)
 

@@ -14,7 +14,7 @@ by less cannot be told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,22 @@ def _against_best(values: pd.DataFrame, best: str) -> dict[str, float]:
         error = math.sqrt(2 * float((left**2).to_numpy().sum()) / freedom / seeds)
         gap = x.mean()[others] - x.mean()[best]
         error = max(error, 1e-12 * float(x.abs().to_numpy().max()), 1e-300)  # rounding, where seeds change nothing
-        p = _holm({method: float(stats.t.sf(gap[method] / error, freedom)) for method in others})
+        p = holm({method: float(stats.t.sf(gap[method] / error, freedom)) for method in others})
     return p | {best: 1.0}
 
 
-def _holm(p: dict[str, float]) -> dict[str, float]:
-    """Adjust p-values for their number; missing ones do not count."""
-    ascending = pd.Series(p, dtype=float).dropna().sort_values()
-    adjusted = (ascending * np.arange(len(ascending), 0, -1)).cummax().clip(upper=1.0)
-    return {str(method): float(value) for method, value in adjusted.items()}
+def holm(values: Mapping[str, float], least: float = 0.0) -> dict[str, float]:
+    """Adjust p-values for their number by Holm's rule, none below ``least``.
+
+    Example:
+        >>> holm({"a": 0.04, "b": 0.01})
+        {'b': 0.02, 'a': 0.04}
+    """
+    largest, adjusted = least, {}
+    for place, name in enumerate(sorted(values, key=lambda name: values[name])):
+        largest = max(largest, min(1.0, (len(values) - place) * values[name]))
+        adjusted[name] = largest
+    return adjusted
 
 
 @dataclass(frozen=True)

@@ -493,11 +493,8 @@ def _rows(
 
 def _channels(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors of each row with and without the means over its sample, and where its sample is."""
-    places = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "position"]
-    vectors = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "vector"]
-    if kind in ("vector", "position") and found.shape[-1] == 3:
-        last = found.reshape(len(found), -1, 3)[:, -1:]
-        vectors.append(last - places[0][:, :1] if kind == "position" and places else last)
+    places, vectors, last = _values(entries, found, kind)
+    vectors += [x - places[0][:, :1] if kind == "position" and places else x for x in last]
     origin = _means(places[0][:, 0], index) if places else found.new_zeros(len(found), 3)
     own = torch.cat([*(place - origin[:, None] for place in places), *vectors], 1)
     means = [_means(vector, index) for vector in vectors]
@@ -507,19 +504,26 @@ def _channels(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> tu
 def _near(entries: list[Any], found: Tensor, kind: str, index: Tensor) -> Tensor:
     """Differences to the nearest row of the sample: of positions, vectors and predictions; none without positions."""
     count = torch.bincount(index)
-    values = [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "position"]
-    if not values or int(count.min()) < 2:
+    places, vectors, last = _values(entries, found, kind)
+    if not places or int(count.min()) < 2:
         return found.new_zeros(len(found), 0, 3)
-    place = values[0][:, 0]
+    place = places[0][:, 0]
     nearest = torch.empty_like(index)
     for rows in index.argsort(stable=True).split(count.tolist()):
         distance = torch.cdist(place[rows], place[rows]).fill_diagonal_(math.inf)
         nearest[rows] = rows[distance.argmin(1)]
-    values += [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == "vector"]
-    if kind in ("vector", "position") and found.shape[-1] == 3:
-        values.append(found.reshape(len(found), -1, 3)[:, -1:])
-    stacked = torch.cat(values, 1)
+    stacked = torch.cat([*places, *vectors, *last], 1)
     return stacked[nearest] - stacked
+
+
+def _values(entries: list[Any], found: Tensor, kind: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Positions, vectors, and what is predicted last if that is a vector or position; each of shape (rows, ..., 3)."""
+    places, vectors = (
+        [e.value.detach().reshape(len(found), -1, 3) for e in entries if e.kind == wanted]
+        for wanted in ("position", "vector")
+    )
+    predicted = kind in ("vector", "position") and found.shape[-1] == 3
+    return places, vectors, [found.reshape(len(found), -1, 3)[:, -1:]] if predicted else []
 
 
 def _means(x: Tensor, index: Tensor | None) -> Tensor:

@@ -254,9 +254,7 @@ def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None
             _add_colour_bar(figure, axes, layers)
         elif layers:
             figure.legend(handles=_legend_lines(layers), loc="outside right center", title="layer")
-        image = io.BytesIO()
-        figure.savefig(image, format=path.suffix[1:])
-    replace_file(path, image.getvalue())
+        _save(figure, path)
 
 
 def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -299,9 +297,7 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -
         groups.axvline(0, color="0.3", linewidth=0.8)
         key = [Line2D([], [], color=colour, linewidth=5, label=verdict) for verdict, colour in colours.items()]
         figure.legend(handles=key, loc="outside right upper")
-        image = io.BytesIO()
-        figure.savefig(image, format=path.suffix[1:])
-    replace_file(path, image.getvalue())
+        _save(figure, path)
 
 
 def plot_ranks(ranks: Ranks, path: str | os.PathLike[str]) -> None:
@@ -340,9 +336,7 @@ def plot_ranks(ranks: Ranks, path: str | os.PathLike[str]) -> None:
             edge = 1 - 0.05 * count if left else count + 0.05 * count
             ax.plot([place, place, edge], [0, height, height], color="0.5", linewidth=0.8)
             ax.text(edge, height, f" {name}  {place:.2f} ", ha="right" if left else "left", va="center")
-        image = io.BytesIO()
-        figure.savefig(image, format=path.suffix[1:])
-    replace_file(path, image.getvalue())
+        _save(figure, path)
 
 
 def _image_path(path: str | os.PathLike[str]) -> Path:
@@ -351,6 +345,12 @@ def _image_path(path: str | os.PathLike[str]) -> Path:
     if path.suffix[1:] not in formats:
         raise AceError(f"{path}: the suffix must name an image format: {', '.join(sorted(formats))}")
     return path
+
+
+def _save(figure: Figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:])
+    replace_file(path, image.getvalue())
 
 
 def _plot_layers(frame: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:

@@ -300,12 +300,17 @@ def find(kind: str, word: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"{path}: no such file")
-    folders = [configs / kind for configs in (CONFIGS, *(folder / "configs" for folder in plugins.folders()))]
-    for folder in folders:
-        if (named := folder / f"{word}.yaml").is_file():
-            return named
-    names = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
+    files = _files(kind)
+    if str(word) in files:
+        return files[str(word)]
+    names = sorted(files)
     raise ConfigError(f"no {kind[:-1]} called {str(word)!r}{_nearest(str(word), names)}; or pass a YAML file")
+
+
+def _files(kind: str) -> dict[str, Path]:
+    """Return the configuration files that can be called by name; those of the repository come before those of users."""
+    folders = [CONFIGS, *(folder / "configs" for folder in plugins.folders())]
+    return {path.stem: path for folder in reversed(folders) for path in (folder / kind).glob("*.yaml")}
 
 
 def _resolve(task: str | Path, overrides: Flat) -> RunConfig:
@@ -323,8 +328,7 @@ def _resolve(task: str | Path, overrides: Flat) -> RunConfig:
         name: Flat = {("model", "name"): (model, str(path))}
         own = _flatten(entries[model], f"{path} (models: {model})")
         flat = _overlay(_flatten(content, str(path)), name, own, overrides)
-    if (method or "ace") in METHODS:
-        defaults = find("methods", method or "ace")
+    if defaults := _files("methods").get(method or "ace"):
         flat = {**_flatten(_read(defaults), str(defaults)), **flat}
     return _check(flat, str(path))
 

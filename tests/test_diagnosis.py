@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import ace
 from ace import breaking, diagnosis
 from ace.breaking import Rows, judge
+from ace.comparison import holm
 from ace.errors import AceError, CheckpointMismatch
 from ace.groups import E3, O3, SO2, SO3, Cyclic, Generator, Inversion, Octahedral, act, act_generator
 from ace.metrics import lie_derivative
@@ -220,8 +221,8 @@ def test_the_size_that_is_expected_knows_lengths_only():
 
 
 def test_holm():
-    assert breaking._holm({"a": 0.01, "b": 0.04, "c": 0.02}, 0.0) == pytest.approx({"a": 0.03, "c": 0.04, "b": 0.04})
-    assert breaking._holm({"a": 0.0001}, 0.02) == {"a": 0.02}
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.02}, 0.0) == pytest.approx({"a": 0.03, "c": 0.04, "b": 0.04})
+    assert holm({"a": 0.0001}, 0.02) == {"a": 0.02}
 
 
 def test_too_few_samples_are_refused():
