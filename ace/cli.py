@@ -205,15 +205,29 @@ def table(
     metrics: Annotated[str, typer.Option(help="Columns of the summaries, separated by commas.")] = (
         "test_shipped,test_relaxed,test_restored,equivariance_error,seconds_per_step"
     ),
+    wide: Annotated[bool, typer.Option("--wide", help="A row a method, a column a task; of the first metric.")] = False,
+    relative_to: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Divide the first metric by that of this method, seed by seed.")
+    ] = None,
 ) -> None:
     """Compare the methods: mean ± standard error over the seeds of the runs that are done.
 
-    [bold]Example:[/bold]  ace table results/quick --format latex --metrics test_shipped,seconds
-    """
-    from ace import results
+    The best of each task and model is bold, those that are not significantly worse are italic. Where options were
+    swept, methods are compared for each value.
 
-    frame = results.load_results(folder)
-    print(results.table(frame, metrics.split(","), format.value), end="")
+    [bold]Examples:[/bold]  ace table results/quick --format latex --metrics test_shipped,seconds
+
+    ace table results/quick --wide --relative-to strict
+    """
+    from ace import results, tables
+
+    frame, columns = results.load_results(folder), metrics.split(",")
+    if relative_to is not None:
+        frame = tables.relative(frame, columns[0], relative_to)
+    if wide:
+        print(tables.wide_table(frame, columns[0], format.value), end="")
+    else:
+        print(tables.table(frame, columns, format.value), end="")
 
 
 @_command
@@ -228,7 +242,8 @@ def ranks(
     """
     from ace import comparison, plotting, results
 
-    found = comparison.rank(results.load_results(folder), metric)
+    frame, conditions = comparison.by_setting(results.load_results(folder))
+    found = comparison.rank(frame, metric, ["task", "model", *conditions])
     out = out or folder / "figures" / "ranks.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     plotting.plot_ranks(found, out)
@@ -243,15 +258,26 @@ def plot(
 ) -> None:
     """Draw the learning curves of each task and model, and the trajectories of each method.
 
+    Of a suite that sweeps options such as lr or task.train, draw the test error against each of them.
+
     [bold]Example:[/bold]  ace plot results/quick --out figures
     """
-    from ace import plotting, results
+    from ace import comparison, plotting, results
 
-    frame = results.load_histories(folder)
-    if frame.empty:
+    runs = results.load_results(folder)
+    if runs.empty:
         raise AceError(f"no run in {folder} is done, so there is nothing to plot; see: ace status {folder}")
     out = out or folder / "figures"
     out.mkdir(parents=True, exist_ok=True)
+    for (task, model), of_pair in runs.groupby(["task", "model"]):
+        for option in comparison.by_setting(of_pair)[1]:
+            path = out / f"{task}-{model}-{option}.{suffix}"
+            sweep: Any = plotting.plot_sweep(of_pair, option).figure
+            sweep.savefig(path)
+            print(path)
+    if comparison.by_setting(runs)[1]:
+        return  # curves of different settings have no mean
+    frame = results.load_histories(folder)
     comparisons = {
         "learning-curves": plotting.plot_learning_curves,
         "equivariance-error": plotting.plot_equivariance_error,

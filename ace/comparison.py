@@ -14,7 +14,7 @@ by less cannot be told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +25,73 @@ from ace.errors import AceError
 
 LEVEL = 0.05
 """Level of all tests."""
-_PAIR = ["task", "model"]
+OPTION = "config."
+"""Prefix of the columns of a summary that hold the options of its run."""
+_CASE = ("task", "model")
 
 
-def compare(results: pd.DataFrame, metric: str = "test_shipped") -> pd.DataFrame:
-    """Compare the methods of each task and model with the best one.
+def by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Tell runs of one task, model, method and seed apart by the options that were swept.
 
     Args:
-        results: One row per run, as ``load_results`` gives them; of each task, model and method, each seed once.
-        metric: The column to compare, of which lower is better.
+        results: One row per run, as ``load_results`` gives them.
 
     Returns:
-        One row per task, model and method, indexed by them in order of appearance: ``mean``; ``best``, whether it is
-        the lowest of the methods with a value for every seed; and ``p``, the adjusted probability of a difference to
-        the best one as large as this, or larger, between methods that are equally good. ``p`` is 1 for the best one,
+        The rows, with the swept options of a method in its name ("ace-tolerance, eps=0.1"), and its other swept
+        options, such as ``lr`` or ``task.train``, as columns without their prefix, empty where a task has no such
+        option; and the names of those columns, the conditions under which methods are to be compared.
+
+    Example:
+        >>> results = pd.DataFrame(
+        ...     [("nbody", "egnn", "penalty", 0, rate, weight, error)
+        ...      for rate in (0.1, 0.2) for weight, error in ((1, 3.0), (2, 4.0))],
+        ...     columns=["task", "model", "method", "seed", "config.lr", "config.method.weight", "test"])
+        >>> named, conditions = by_setting(results)
+        >>> print(conditions, *named["method"].unique(), sep="; ")
+        ['lr']; penalty, weight=1; penalty, weight=2
+    """
+    swept = _varying(results, [column for column in map(str, results) if column.startswith(OPTION)])
+    settings = [column for column in swept if column.startswith(f"{OPTION}method.")]
+    names = results["method"].astype(str).copy()
+    for _, of_method in results.groupby("method", sort=False, observed=True):
+        for column in _varying(of_method, settings):
+            option = column.removeprefix(f"{OPTION}method.")
+            names.loc[of_method.index] += [f", {option}={_short(value)}" for value in of_method[column]]
+    conditions = {column: column.removeprefix(OPTION) for column in swept if column not in settings}
+    named = results.assign(method=names).rename(columns=conditions)
+    for column in conditions.values():  # an option that other tasks do not have
+        named[column] = named[column].astype(object).where(named[column].notna(), "")
+    return named, list(conditions.values())
+
+
+def _varying(results: pd.DataFrame, columns: list[str]) -> list[str]:
+    """Columns with several values in some task, model and method."""
+    distinct = results.groupby([*_CASE, "method"], sort=False, observed=True)[columns].nunique(dropna=False)
+    return [column for column in columns if (distinct[column] > 1).any()]
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def compare(
+    results: pd.DataFrame,
+    metric: str = "test_shipped",
+    cases: Sequence[str] = _CASE,
+    against: str | None = None,
+) -> pd.DataFrame:
+    """Compare the methods of each task and model with the best one, or with one that is named.
+
+    Args:
+        results: One row per run, as ``load_results`` gives them; of each case and method, each seed once.
+        metric: The column to compare, of which lower is better.
+        cases: Columns that tell apart what is compared separately.
+        against: The method to compare with; tests are then two-sided. Cases without it have no ``p``.
+
+    Returns:
+        One row per case and method, indexed by them in order of appearance: ``mean``; ``best``, whether it is
+        the lowest of the methods with a value for every seed; and ``p``, the adjusted probability of a difference
+        as large as this, or larger, between methods that are equally good. ``p`` is 1 for the method compared with,
         and missing for those with a run without a finite value, and where the others share fewer than two seeds.
 
     Example:
@@ -51,26 +104,27 @@ def compare(results: pd.DataFrame, metric: str = "test_shipped") -> pd.DataFrame
         [1.0, 0.186, 0.0]
     """
     parts = {}
-    for pair, runs in results.groupby(_PAIR, sort=False, observed=True):
+    for case, runs in results.groupby(list(cases), sort=False, observed=True):
         values = {str(method): of.set_index("seed")[metric].astype(float) for method, of in _by_method(runs)}
         means = pd.Series({method: x.mean() for method, x in values.items()})
         complete = means[[method for method, x in values.items() if np.isfinite(x).all()]]
         shared = pd.DataFrame({method: values[str(method)] for method in complete.index}).dropna()
-        p = _against_best(shared, str(complete.idxmin())) if len(complete) else {}
+        reference = against or (str(complete.idxmin()) if len(complete) else "")
+        p = _against(shared, reference, 1 if against is None else 2) if reference in shared else {}
         lowest = [method in complete and complete[method] == complete.min() for method in means.index]
-        parts[pair] = pd.DataFrame({"mean": means, "best": lowest, "p": pd.Series(p, dtype=float)}, means.index)
-    return pd.concat(parts, names=[*_PAIR, "method"])
+        parts[case] = pd.DataFrame({"mean": means, "best": lowest, "p": pd.Series(p, dtype=float)}, means.index)
+    return pd.concat(parts, names=[*cases, "method"])
 
 
 def _by_method(runs: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
     return runs.groupby("method", sort=False, observed=True)
 
 
-def _against_best(values: pd.DataFrame, best: str) -> dict[str, float]:
+def _against(values: pd.DataFrame, reference: str, sides: int) -> dict[str, float]:
     """Adjusted p-values of the columns, from rows of seeds that all of them have."""
     from scipy import stats  # takes half a second
 
-    others = [str(method) for method in values if method != best]
+    others = [str(method) for method in values if method != reference]
     seeds = len(values)
     p: dict[str, float] = {}
     if seeds > 1 and others:
@@ -78,10 +132,11 @@ def _against_best(values: pd.DataFrame, best: str) -> dict[str, float]:
         left = x.sub(x.mean(axis=1), axis=0) - x.mean() + x.to_numpy().mean()
         freedom = (seeds - 1) * len(others)
         error = math.sqrt(2 * float((left**2).to_numpy().sum()) / freedom / seeds)
-        gap = x.mean()[others] - x.mean()[best]
+        gap = x.mean()[others] - x.mean()[reference]
+        gap = gap if sides == 1 else gap.abs()
         error = max(error, 1e-12 * float(x.abs().to_numpy().max()), 1e-300)  # rounding, where seeds change nothing
-        p = holm({method: float(stats.t.sf(gap[method] / error, freedom)) for method in others})
-    return p | {best: 1.0}
+        p = holm({method: sides * float(stats.t.sf(gap[method] / error, freedom)) for method in others})
+    return p | {reference: 1.0}
 
 
 def holm(values: Mapping[str, float], least: float = 0.0) -> dict[str, float]:
@@ -137,12 +192,13 @@ class Ranks:
         return found
 
 
-def rank(results: pd.DataFrame, metric: str = "test_shipped") -> Ranks:
+def rank(results: pd.DataFrame, metric: str = "test_shipped", cases: Sequence[str] = _CASE) -> Ranks:
     """Rank the methods in each task and model by the mean over seeds, and average the ranks.
 
     Args:
         results: As for ``compare``.
         metric: The column to compare, of which lower is better. A method with a run without a value is ranked last.
+        cases: As for ``compare``.
 
     Returns:
         The ranks of the methods that were run in every case.
@@ -163,16 +219,16 @@ def rank(results: pd.DataFrame, metric: str = "test_shipped") -> Ranks:
 
     means = pd.DataFrame(
         {
-            pair: {str(method): of[metric].astype(float).fillna(math.inf).mean() for method, of in _by_method(runs)}
-            for pair, runs in results.groupby(_PAIR, sort=False, observed=True)
+            case: {str(method): of[metric].astype(float).fillna(math.inf).mean() for method, of in _by_method(runs)}
+            for case, runs in results.groupby(list(cases), sort=False, observed=True)
         }
     ).T
     everywhere = means.columns[means.notna().all()]
     left_out = tuple(str(method) for method in means if method not in everywhere)
-    cases, methods = len(means), len(everywhere)
-    if cases < 2 or methods < 2:
+    count, methods = len(means), len(everywhere)
+    if count < 2 or methods < 2:
         raise AceError(
-            f"{methods} methods were run in each of {cases} pairs of task and model"
+            f"{methods} methods were run in each of {count} pairs of task and model"
             + (f" (not everywhere: {', '.join(left_out)})" if left_out else "")
             + ": ranks need two of both"
         )
@@ -180,5 +236,5 @@ def rank(results: pd.DataFrame, metric: str = "test_shipped") -> Ranks:
     average = ranks.mean().sort_values(kind="stable")
     p = float(stats.friedmanchisquare(*ranks.T.to_numpy()).pvalue) if methods > 2 else math.nan
     q = float(stats.studentized_range.ppf(1 - LEVEL, methods, math.inf)) / math.sqrt(2)
-    critical = q * math.sqrt(methods * (methods + 1) / (6 * cases))
-    return Ranks(average, cases, p, critical, left_out)
+    critical = q * math.sqrt(methods * (methods + 1) / (6 * count))
+    return Ranks(average, count, p, critical, left_out)

@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ace.comparison import Ranks
+from ace.comparison import Ranks, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
 
@@ -55,6 +55,7 @@ _STYLE: dict[Any, Any] = {
 }
 # Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale for lines
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "os^D"
 _LABELS = {
     "gamma": "relaxation strength γ",
     "violation": "constraint violation",
@@ -202,6 +203,55 @@ def plot_equivariance_error(frame: pd.DataFrame, ax: Axes | None = None) -> Axes
         'log'
     """
     return _plot(_draw_equivariance_error, frame, ax)
+
+
+def plot_sweep(results: pd.DataFrame, option: str, metric: str = "test_shipped", ax: Axes | None = None) -> Axes:
+    """Plot a metric against an option that was swept, such as the learning rate or the size of the training set.
+
+    Args:
+        results: Rows of one task and model of ``load_results``, which differ in the option. Where other options were
+            swept as well, the rows with their most frequent value count.
+        option: Its name: ``lr``, ``task.train``.
+        metric: The column to plot; infinite values are left out.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes drawn on: a line a method, means with bars of one standard error over the seeds.
+
+    Raises:
+        AceError: The option was not swept, there is no such metric, or the frame mixes tasks or models.
+
+    Example:
+        >>> results = pd.DataFrame(
+        ...     [("nbody", "egnn", method, seed, size, (1 + seed) / size)
+        ...      for method in ("strict", "ace") for seed in range(3) for size in (100, 1000, 10000)],
+        ...     columns=["task", "model", "method", "seed", "config.task.train", "test"])
+        >>> plot_sweep(results, "task.train", "test", Figure().subplots()).get_xscale()
+        'log'
+    """
+    _check_one(results, "task", "model")
+    named, conditions = by_setting(results)
+    if option not in conditions or metric not in named:
+        raise AceError(
+            f"no {metric} against {option}: swept were {', '.join(conditions) or 'no options'}; "
+            f"columns are {', '.join(map(str, named))}"
+        )
+    for other in conditions:
+        if other != option:
+            named = named[named[other] == named[other].mode()[0]]
+
+    def draw(ax: Axes, rows: pd.DataFrame) -> None:
+        values = rows[metric].astype(float).replace([np.inf, -np.inf], np.nan)
+        for method, style in _methods(rows).items():
+            of_value = values[rows["method"] == method].groupby(rows[option])
+            ax.errorbar(of_value.mean().index, of_value.mean(), of_value.sem().fillna(0.0), label=method, **style)
+        if pd.api.types.is_numeric_dtype(places := rows[option].infer_objects()):
+            _set_scale(ax, places, "x")
+        _set_scale(ax, values)
+        ax.set(xlabel=option, ylabel=metric)
+        ax.legend(**_beside(rows))
+
+    return _plot(draw, named, ax)
 
 
 def plot_trajectories(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
@@ -390,15 +440,15 @@ def _draw_learning_curves(ax: Axes, frame: pd.DataFrame) -> None:
     methods = _methods(rows)
     if len(methods) > 1:
         rows = _rows(rows, "valid_relaxed", "valid_restored")
-        key = [Line2D([], [], color=colour, label=method) for method, colour in methods.items()]
+        key = [Line2D([], [], label=method, **look) for method, look in methods.items()]
         for quantity, of_quantity in rows.groupby("quantity", observed=True):
             _, _, style, width = _CURVES[str(quantity)]
             meaning = str(quantity).removeprefix("valid_")
             key.append(Line2D([], [], color="0.4", linestyle=style, label=meaning))
-            for method, colour in methods.items():
+            for method, look in methods.items():
                 curve = of_quantity[of_quantity["method"] == method]
-                _draw_mean(ax, curve, color=colour, linestyle=style, linewidth=width)
-        ax.legend(handles=key)
+                _draw_mean(ax, curve, linestyle=style, linewidth=width, **look)
+        ax.legend(handles=key, **_beside(rows))
     else:
         for quantity, (label, colour, style, width) in _CURVES.items():
             curve = rows[rows["quantity"] == quantity]
@@ -413,9 +463,9 @@ def _draw_equivariance_error(ax: Axes, frame: pd.DataFrame) -> None:
     rows = _rows(frame, "equivariance_error")
     methods = _methods(rows)
     if len(methods) > 1:
-        for method, colour in methods.items():
-            _draw_mean(ax, rows[rows["method"] == method], color=colour, label=method)
-        ax.legend()
+        for method, look in methods.items():
+            _draw_mean(ax, rows[rows["method"] == method], label=method, **look)
+        ax.legend(**_beside(rows))
     else:
         _draw_mean(ax, rows, color=_COLOURS[0])
     _set_scale(ax, rows["value"])
@@ -428,9 +478,8 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, band: bool = True, **style: Any) ->
         return
     per_step = rows.groupby("step")["value"]
     mean = per_step.mean()
-    if len(mean) <= 30:
-        style |= {"marker": "o", "markersize": 3}
-    ax.plot(mean.index, mean, **style)
+    marker = style.pop("marker", "o") if len(mean) <= 30 else ""
+    ax.plot(mean.index, mean, marker=marker, **({"markersize": 3} | style))
     if band and "run" in rows and len(rows["run"].unique()) > 1:
         error = per_step.sem()
         ax.fill_between(mean.index, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
@@ -441,16 +490,17 @@ def _label(ax: Axes, quantity: str) -> None:
     ax.set(xlabel="step", ylabel=quantity)
 
 
-def _set_scale(ax: Axes, values: pd.Series[float]) -> None:
+def _set_scale(ax: Axes, values: pd.Series[float], axis: Literal["x", "y"] = "y") -> None:
     """Logarithmic over more than a decade; around zero linear, since zero has no logarithm."""
     sizes = values.abs()[values != 0].dropna()
     if sizes.empty or sizes.max() < 10 * sizes.min():
         return
+    set_scale = ax.set_xscale if axis == "x" else ax.set_yscale
     if (values.dropna() > 0).all():
-        ax.set_yscale("log")
+        set_scale("log")
     else:
         smallest = max(float(np.quantile(sizes, 0.05)), float(sizes.max()) * 1e-6)
-        ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(smallest)), linscale=0.5)
+        set_scale("symlog", linthresh=10 ** np.floor(np.log10(smallest)), linscale=0.5)
 
 
 def _rows(frame: pd.DataFrame, *quantities: str) -> pd.DataFrame:
@@ -475,10 +525,20 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def _methods(rows: pd.DataFrame) -> dict[str, str]:
-    """A colour for each method."""
+def _methods(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """A style for each method: colours, and beyond those another marker."""
     names: list[str] = list(rows["method"].unique()) if "method" in rows else []
-    return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+    styles = itertools.product(_MARKERS, _COLOURS)
+    return {
+        name: {"color": colour, "marker": marker, "markersize": 3}
+        for name, (marker, colour) in zip(names, itertools.cycle(styles), strict=False)
+    }
+
+
+def _beside(rows: pd.DataFrame) -> dict[str, Any]:
+    """Where a legend of many methods has room."""
+    many = len(_methods(rows)) > len(_COLOURS)
+    return {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
 
 
 def _layers(rows: pd.DataFrame) -> list[str]:

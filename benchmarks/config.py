@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
+from ace.comparison import OPTION
 from ace.errors import ConfigError
 from benchmarks import plugins
 from benchmarks.methods import METHODS
@@ -121,6 +122,20 @@ class RunConfig(Options):
     def identity(self) -> dict[str, Any]:
         """Return everything that can change the result, as plain values."""
         return self.model_dump(mode="json", exclude={"checkpoint_every"})
+
+    def options(self) -> dict[str, Any]:
+        """Return what can be swept, as columns of a table: dotted keys, lists and dictionaries as text.
+
+        Example:
+            >>> load_run("nbody", ["method=penalty", "method.weight=10"]).options()["config.method.weight"]
+            10.0
+        """
+        flat = _flatten(self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "seed"}), "")
+        return {
+            OPTION + ".".join(key): value if isinstance(value, bool | int | float | str | None) else json.dumps(value)
+            for key, (value, _) in flat.items()
+            if key[-1] != "name"
+        }
 
     @property
     def hash(self) -> str:

@@ -378,6 +378,7 @@ class _Training:
             "torch": torch.__version__,
             "e3nn": version("e3nn"),
             "cooper": version("cooper-optim"),
+            **config.options(),
         }
 
 

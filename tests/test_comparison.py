@@ -12,7 +12,7 @@ from scipy import stats
 from ace.comparison import compare, rank
 from ace.errors import AceError
 from ace.plotting import plot_ranks
-from ace.results import table
+from ace.tables import table
 
 COLUMNS = ["task", "model", "method", "seed", "test"]
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from ace import plotting
 from ace.errors import AceError, DataError
 from ace.history import History
-from ace.results import load_histories, load_results, status, table
+from ace.results import load_histories, load_results, status
+from ace.tables import table
 
 METHODS = ("strict", "ace")
 

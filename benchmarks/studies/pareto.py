@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ace.history import replace_file
-from ace.results import load_results, table
+from ace.results import load_results
+from ace.tables import table
 from benchmarks.methods import METHODS
 
 EXACT = 1e-5

@@ -1,0 +1,143 @@
+"""Tables where options were swept, tables over tasks, and numbers relative to a method."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from ace import plotting
+from ace.comparison import by_setting, compare
+from ace.errors import AceError
+from ace.tables import relative, table, wide_table
+
+
+def swept() -> pd.DataFrame:
+    """Two learning rates on one task; sizes of the training set, and weights of one method, on another."""
+    generator, rows = np.random.default_rng(0), []
+
+    def add(task, method, **options):
+        common = {"config.lr": 1e-3, "config.method.rank": 8, "test": generator.uniform(1, 2)}
+        rows.append({"task": task, "model": "egnn", "method": method} | common | options)
+
+    for seed in range(3):
+        for method, rate in itertools.product(("strict", "ace"), (1e-2, 1e-3)):
+            add("nbody", method, seed=seed, **{"config.lr": rate})
+        for method, size in itertools.product(("strict", "ace"), (300, 100)):
+            add("mocap", method, seed=seed, **{"config.task.train": size})
+        for weight in (1.0, 10.0):
+            add("mocap", "penalty", seed=seed, **{"config.task.train": 100, "config.method.weight": weight})
+    return pd.DataFrame(rows)
+
+
+def body(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_options_that_differ_tell_runs_apart_and_those_of_a_method_are_in_its_name():
+    named, conditions = by_setting(swept())
+    assert sorted(conditions) == ["lr", "task.train"]
+    assert list(named["method"].unique()) == ["strict", "ace", "penalty, weight=1", "penalty, weight=10"]
+    heading, _, *rows = body(table(swept(), "test"))
+    assert heading == ["task", "model", *conditions, "method", "n", "test"]
+    assert [row[:-1] for row in rows] == [
+        *(["nbody", "egnn", rate, "", method, "3"] for rate in ("0.001", "0.01") for method in ("strict", "ace")),
+        *(
+            ["mocap", "egnn", "0.001", size, method, "3"]
+            for size in ("100", "300")
+            for method in ("strict", "ace", "penalty, weight=1", "penalty, weight=10")[: 4 if size == "100" else 2]
+        ),
+    ]
+    assert [sum(row[-1].startswith("**") for row in rows[start:end]) for start, end in ((0, 2), (2, 4), (4, 8))] == [
+        1
+    ] * 3
+
+
+def test_without_swept_options_nothing_is_added():
+    frame = swept()
+    frame = frame[(frame["config.lr"] == 1e-3) & frame["config.task.train"].isna()]
+    named, conditions = by_setting(frame)
+    assert conditions == []
+    pd.testing.assert_frame_equal(named, frame)
+    assert table(frame, "test") == table(frame.filter(regex="^(?!config)"), "test")
+
+
+def test_a_wide_table_has_the_cells_of_the_long_one():
+    heading, _, *rows = body(wide_table(swept(), "test"))
+    assert heading == [
+        *(
+            "method",
+            "nbody egnn lr=0.001",
+            "nbody egnn lr=0.01",
+            "mocap egnn task.train=100",
+            "mocap egnn task.train=300",
+        )
+    ]
+    long = body(table(swept(), "test"))[2:]
+    assert [row[0] for row in rows] == ["strict", "ace", "penalty, weight=1", "penalty, weight=10"]
+    cells = {(row[2], row[3], row[4]): row[-1] for row in long}
+    for method, *found in rows:
+        places = [("0.001", ""), ("0.01", ""), ("0.001", "100"), ("0.001", "300")]
+        assert found == [cells.get((*place, method), "") for place in places]
+    values = pd.read_csv(io.StringIO(wide_table(swept(), "test", "csv")), index_col="method")
+    expected = swept()
+    expected = expected[(expected["method"] == "ace") & (expected["config.lr"] == 1e-2)]["test"]
+    np.testing.assert_allclose(values.loc["ace", "nbody egnn lr=0.01 mean"], expected.mean())
+    np.testing.assert_allclose(values.loc["ace", "nbody egnn lr=0.01 error"], expected.std() / np.sqrt(3))
+    assert wide_table(swept(), "test", "latex").startswith("\\begin{tabular}{lrrrr}\n")
+
+
+def test_relative_numbers_divide_by_the_same_seed_under_the_same_conditions():
+    frame = swept()
+    found = relative(frame, "test")
+    assert len(found) == len(frame)
+    for row, ratio in zip(frame.itertuples(index=False), found["test"], strict=True):
+        own = frame[(frame["method"] == "strict") & (frame["task"] == row.task) & (frame["seed"] == row.seed)]
+        own = own[(own["config.lr"] == row[frame.columns.get_loc("config.lr")])]
+        size = row[frame.columns.get_loc("config.task.train")]
+        [reference] = own[own["config.task.train"].fillna(0) == (0 if np.isnan(size) else size)]["test"]
+        assert ratio == row.test / reference
+    gone = frame[(frame["method"] != "strict") | (frame["seed"] > 0)]
+    assert sorted(relative(gone, "test")["seed"].unique()) == [1, 2]
+    with pytest.raises(AceError, match="'cr'"):
+        relative(frame, "test", to="cr")
+
+
+@given(st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_two_methods_against_each_other_are_a_two_sided_paired_t_test(seeds, seed):
+    from scipy import stats
+
+    x, y = np.random.default_rng(seed).uniform(0.5, 2, (2, seeds))
+    frame = pd.DataFrame(
+        [
+            ("t", "m", name, number, value)
+            for name, of in (("strict", x), ("ace", y))
+            for number, value in enumerate(of)
+        ],
+        columns=["task", "model", "method", "seed", "test"],
+    )
+    found = compare(frame, "test", against="strict")["p"]
+    assert found["t", "m", "strict"] == 1
+    np.testing.assert_allclose(found["t", "m", "ace"], stats.ttest_rel(np.log(y), np.log(x)).pvalue, rtol=1e-6)
+    assert compare(frame, "test", against="cr")["p"].isna().all()
+
+
+def test_a_sweep_is_drawn_method_by_method():
+    frame = swept()
+    of_task = frame[(frame["task"] == "mocap") & (frame["method"] != "penalty")]
+    ax = plotting.plot_sweep(of_task, "task.train", "test", Figure().subplots())
+    means = of_task.groupby(["method", "config.task.train"])["test"].mean()
+    drawn = {container.get_label(): container.lines[0].get_xydata() for container in ax.containers}
+    assert set(drawn) == {"strict", "ace"}
+    for method, points in drawn.items():
+        np.testing.assert_allclose(points, means[method].reset_index().to_numpy())
+    with pytest.raises(AceError, match=r"against lr: swept were task\.train"):
+        plotting.plot_sweep(of_task, "lr", "test", Figure().subplots())
+    with pytest.raises(AceError, match="2 tasks"):
+        plotting.plot_sweep(frame, "lr", "test", Figure().subplots())
