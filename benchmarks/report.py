@@ -1,20 +1,27 @@
-"""The results page: from the folder of a suite to a compact CSV, tables in Markdown, and figures.
+"""The pages of a suite: from the folder of its runs to one compact CSV, and from that to tables and figures.
 
-``python -m benchmarks.report results/results docs/results`` rebuilds what ``docs/results.md`` shows.
+``python -m benchmarks.report quick docs/results --runs results/quick`` adds the runs of a folder to
+``docs/results/quick.csv`` and writes what the page of that suite shows; without ``--runs`` it is built from the CSV
+alone. Files begin with the name of the suite: ``-tables.md`` (each task and model), ``-wide.md``, ``-wide.tex`` and
+``-wide.csv`` (a row a method), ``-ranks.md`` and ``-ranks.png``, ``-TASK-MODEL-OPTION.png`` for each swept option, and
+``-TASK-MODEL.png``, the curves, which need the histories of the runs.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
 
 from ace import plotting
+from ace.comparison import OPTION, by_setting, compare, rank
+from ace.errors import AceError
 from ace.history import replace_file
-from ace.results import load_histories, load_results, table
+from ace.results import IDENTITY, load_histories, load_results
+from ace.tables import relative, table, wide_table
 from benchmarks.methods import METHODS
 
 METRICS = {
@@ -26,59 +33,119 @@ METRICS = {
     "peak_memory_mb": "peak MB",
 }
 """Columns of the tables; lower is better in all of them."""
+WIDE = {
+    "test_shipped": "Test error of the shipped model, relative to strict training with the same seed",
+    "equivariance_rms": "Equivariance error of the shipped model on test data (root mean square over samples)",
+    "cpu_ms_per_step": "Processor time of a training step, relative to strict training with the same seed",
+}
+"""Columns of the wide tables, and their headings."""
 TRAJECTORIES = ["ace", "ace-paper", "ace-resilient"]
 
 
-def report(folder: Path, out: Path) -> None:
-    """Write ``runs.csv``, ``tables.md`` and the figures of a suite.
+def report(name: str, out: Path, folder: Path | None = None) -> None:
+    """Write the files of a suite's page.
 
     Args:
-        folder: Folder of the suite.
-        out: Where to.
+        name: Name of the suite, with which the files begin.
+        out: Where to; ``NAME.csv`` there may hold rows of earlier folders.
+        folder: Folder of the suite's runs, if they are to be added. A run replaces the same one of an earlier folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    runs = load_results(folder)
-    runs["run"] = [str(Path(run)) for run in runs["run"]]
+    runs = gather(out / f"{name}.csv", folder)
+    replace_file(out / f"{name}.csv", runs.to_csv(index=False, float_format="%.7g").encode())
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
-    if (out / "runs.csv").exists():  # runs of earlier folders stay, unless this folder has them again
-        runs = pd.concat([pd.read_csv(out / "runs.csv"), runs]).drop_duplicates(
-            ["task", "model", "method", "seed"], keep="last"
-        )
-    runs["method"] = pd.Categorical(runs["method"], list(METHODS), ordered=True)
-    runs = runs.sort_values(["task", "model", "method", "seed"], ignore_index=True)
-    replace_file(out / "runs.csv", runs.to_csv(index=False).encode())
-    runs["method"] = runs["method"].astype(str)
-    parts = []
+    _write(out / f"{name}-tables.md", _tables(runs))
+    _write(out / f"{name}-wide.md", _wide(runs))
+    scores = relative(runs, "test_shipped")
+    _write(out / f"{name}-wide.tex", wide_table(scores, format="latex"))
+    _write(out / f"{name}-wide.csv", wide_table(scores, format="csv"))
+    named, conditions = by_setting(runs)
+    try:
+        ranks = rank(named, cases=["task", "model", *conditions])
+    except AceError:  # too little to rank
+        pass
+    else:
+        _write(out / f"{name}-ranks.md", str(ranks))
+        plotting.plot_ranks(ranks, out / f"{name}-ranks.png")
     for (task, model), of_pair in runs.groupby(["task", "model"], sort=False):
-        parts += [f"### {task}, {model}\n", f"{_setting(of_pair)}\n", _table(of_pair), "", compare(of_pair), ""]
-    replace_file(out / "tables.md", "\n".join(parts).encode())
-    frame = load_histories(folder)
-    for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
-        _draw(of_pair, out / f"{task}-{model}.png")
+        for option in by_setting(of_pair)[1]:
+            ax = plotting.plot_sweep(of_pair, option, ax=_axes())
+            ax.figure.savefig(out / f"{name}-{task}-{model}-{option}.png")
+    if folder is not None and not conditions:
+        frame = load_histories(folder)
+        for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
+            _draw(of_pair, out / f"{name}-{task}-{model}.png")
 
 
-def compare(runs: pd.DataFrame) -> str:
+def gather(path: Path, folder: Path | None) -> pd.DataFrame:
+    """Return the rows of a CSV, if there is one, and of a folder, which replace those of the same run in the CSV.
+
+    Args:
+        path: The CSV.
+        folder: Folder of runs, or None.
+
+    Returns:
+        One row per run, by task and model in order of appearance, method in the order of the benchmarks, and seed.
+
+    Raises:
+        AceError: There is neither.
+    """
+    frames = [pd.read_csv(path)] if path.exists() else []
+    if folder is not None:
+        frames.append(load_results(folder))
+    runs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    if runs.empty:
+        raise AceError(f"no runs: there is no {path}, and no folder with runs was given")
+    recorded = [column for frame in frames for column in frame if column.startswith(OPTION)]
+    same = [*IDENTITY, *(column for column in dict.fromkeys(recorded) if recorded.count(column) == len(frames))]
+    runs = runs.drop_duplicates(same, keep="last")
+    orders = {column: list(runs[column].unique()) for column in ("task", "model")} | {"method": list(METHODS)}
+    by_place = {column: pd.Categorical(runs[column], values) for column, values in orders.items()}
+    in_order = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index
+    return runs.loc[in_order].reset_index(drop=True)
+
+
+def against_strict(runs: pd.DataFrame) -> str:
     """Compare each method with strict training, seed by seed.
 
     Args:
-        runs: One row per run of one task and model.
+        runs: One row per run of one task and model, under the same conditions.
 
     Returns:
-        A Markdown table: mean difference of the shipped model's test metric, its standard error, and the p-value
-        of a paired t-test, multiplied by the number of comparisons (Bonferroni).
+        A Markdown table: mean difference of the shipped model's test metric, its standard error, and the p-value of
+        ``ace.comparison.compare``: two-sided, paired by seeds, adjusted for the number of methods.
     """
-    values = runs.pivot_table(index="seed", columns="method", values="test_shipped")
+    values = runs.pivot_table(index="seed", columns="method", values="test_shipped", sort=False)
+    p = compare(runs, against="strict").droplevel(["task", "model"])["p"]
     lines = ["| against `strict` | pairs | difference | p (corrected) |", "|---|---|---|---|"]
-    others = [method for method in METHODS if method in values and method != "strict"]
-    for method in others:
+    for method in [method for method in values if method != "strict"]:
         pair = values[["strict", method]].dropna()
         difference = pair[method] - pair["strict"]
-        p = min(1.0, float(ttest_rel(pair[method], pair["strict"]).pvalue) * len(others)) if len(pair) > 1 else 1.0
         lines.append(
             f"| {method} | {len(pair)} | {difference.mean():+.3g} ± {difference.sem():.2g} "
-            f"({100 * difference.mean() / pair['strict'].mean():+.0f} %) | {p:.2g} |"
+            f"({100 * difference.mean() / pair['strict'].mean():+.0f} %) | {p[method]:.2g} |"
         )
     return "\n".join(lines)
+
+
+def _tables(runs: pd.DataFrame) -> str:
+    parts = []
+    for (task, model), of_pair in runs.groupby(["task", "model"], sort=False):
+        columns = of_pair.rename(columns=METRICS)
+        parts += [f"### {task}, {model}\n", f"{_setting(of_pair)}\n", table(columns, list(METRICS.values())), ""]
+        named, conditions = by_setting(of_pair)
+        if not conditions and "strict" in set(named["method"]):
+            parts += [against_strict(named), ""]
+    return "\n".join(parts)
+
+
+def _wide(runs: pd.DataFrame) -> str:
+    parts = []
+    for metric, heading in WIDE.items():
+        if metric in runs:
+            shown = relative(runs, metric) if "relative" in heading else runs
+            parts += [f"### {heading}\n", wide_table(shown, metric), ""]
+    return "\n".join(parts)
 
 
 def _setting(runs: pd.DataFrame) -> str:
@@ -86,11 +153,8 @@ def _setting(runs: pd.DataFrame) -> str:
         f"{row.method} {row.parameters_train:,} / {row.parameters_inference:,}"
         for row in runs.drop_duplicates("method").itertuples()
     )
-    return f"{runs['steps'].iloc[0]:,} steps. Parameters in training / shipped: {parameters}."
-
-
-def _table(runs: pd.DataFrame) -> str:
-    return table(runs.rename(columns=METRICS), list(METRICS.values()))
+    steps = ", ".join(f"{steps:,}" for steps in sorted(runs["steps"].unique()))
+    return f"{steps} steps. Parameters in training / shipped: {parameters}."
 
 
 def _draw(frame: pd.DataFrame, path: Path) -> None:
@@ -105,5 +169,23 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
     figure.savefig(path)
 
 
+def _axes() -> plotting.Axes:
+    return Figure(figsize=(6.4, 3.6), layout="constrained", dpi=110).subplots()
+
+
+def _write(path: Path, text: str) -> None:
+    replace_file(path, text.encode())
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the files of the page of a suite."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the suite")
+    parser.add_argument("out", type=Path, help="folder of the files, such as docs/results")
+    parser.add_argument("--runs", type=Path, help="folder of the suite's runs")
+    options = parser.parse_args(words)
+    report(options.name, options.out, options.runs)
+
+
 if __name__ == "__main__":
-    report(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -1,0 +1,85 @@
+"""From the folder of a suite to its page, and from the CSV to the same page again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs import cache, tiny  # noqa: F401
+from scipy import stats
+
+from ace.errors import AceError
+from ace.tables import table
+from benchmarks.report import against_strict, gather, main
+from benchmarks.train import run
+
+
+@pytest.fixture(scope="module")
+def suite(cache, tmp_path_factory):
+    """Two methods, two seeds; of the first seed also at another learning rate."""
+    folder = tmp_path_factory.mktemp("suite")
+    for method in ("strict", "ace"):
+        for words in (["seed=0"], ["seed=1"], ["seed=0", "lr=0.01"]):
+            config = tiny(f"method={method}", *words)
+            run(config, folder / ("rates" if "lr=0.01" in words else "plain") / config.folder)
+    return folder
+
+
+def test_the_page_is_rebuilt_from_the_csv_alone(suite, tmp_path):
+    main(["tiny", str(tmp_path), "--runs", str(suite / "plain")])
+    names = {path.name for path in tmp_path.iterdir()}
+    written = {"tiny.csv", "tiny-tables.md", "tiny-wide.md", "tiny-wide.tex", "tiny-wide.csv", "tiny-nbody-egnn.png"}
+    assert names == written
+    pages = {name: (tmp_path / name).read_bytes() for name in names}
+    main(["tiny", str(tmp_path)])
+    main(["tiny", str(tmp_path), "--runs", str(suite / "plain")])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".png"} == {
+        name: page for name, page in pages.items() if not name.endswith(".png")
+    }
+    runs = pd.read_csv(tmp_path / "tiny.csv")
+    assert runs["method"].tolist() == ["strict", "strict", "ace", "ace"]
+    assert "### nbody, egnn" in pages["tiny-tables.md"].decode()
+    [ratio] = [line for line in pages["tiny-wide.md"].decode().splitlines() if line.startswith("| strict")][:1]
+    assert "1.000 ± 0.000" in ratio
+
+
+def test_a_swept_option_is_a_condition_and_has_a_figure(suite, tmp_path):
+    main(["tiny", str(tmp_path), "--runs", str(suite)])
+    assert (tmp_path / "tiny-nbody-egnn-lr.png").stat().st_size > 5000
+    assert not (tmp_path / "tiny-nbody-egnn.png").exists()  # curves of different rates have no mean
+    text = table(gather(tmp_path / "tiny.csv", None), "test_shipped")
+    assert [line.split("|")[3].strip() for line in text.splitlines()[2:]] == ["0.001", "0.001", "0.01", "0.01"]
+
+
+def test_a_run_replaces_the_same_one_of_an_earlier_folder(suite, tmp_path):
+    main(["tiny", str(tmp_path), "--runs", str(suite)])
+    before = gather(tmp_path / "tiny.csv", None)
+    again = tmp_path / "again"
+    [source] = (suite / "rates").glob("nbody-egnn/ace/*")
+    again.mkdir()
+    (again / "config.yaml").write_text("")
+    summary = json.loads((source / "summary.json").read_bytes()) | {"test_shipped": 7.0, "config_hash": "of today"}
+    (again / "summary.json").write_text(json.dumps(summary))
+    after = gather(tmp_path / "tiny.csv", again)
+    assert len(after) == len(before)
+    changed = (after["test_shipped"] != before["test_shipped"]).to_numpy()
+    assert after[changed][["method", "seed", "config.lr"]].to_numpy().tolist() == [["ace", 0, 0.01]]
+    with pytest.raises(AceError, match="no runs"):
+        gather(tmp_path / "other.csv", None)
+
+
+def test_differences_to_strict_are_paired():
+    generator = np.random.default_rng(0)
+    strict, ace = generator.uniform(1, 2, (2, 5))
+    rows = [("strict", seed, value) for seed, value in enumerate(strict)]
+    rows += [("ace", seed, value) for seed, value in enumerate(ace)]
+    runs = pd.DataFrame(rows, columns=["method", "seed", "test_shipped"]).assign(task="t", model="m")
+    [line] = against_strict(runs).splitlines()[2:]
+    p = stats.ttest_rel(np.log(ace), np.log(strict)).pvalue
+    difference = ace - strict
+    assert line == (
+        f"| ace | 5 | {difference.mean():+.3g} ± {stats.sem(difference):.2g} "
+        f"({100 * difference.mean() / strict.mean():+.0f} %) | {p:.2g} |"
+    )
