@@ -17,7 +17,7 @@ from benchmarks.train import run
 
 
 @pytest.fixture(scope="module")
-def suite(cache, tmp_path_factory):
+def suite(cache, tmp_path_factory):  # noqa: F811
     """Two methods, two seeds; of the first seed also at another learning rate."""
     folder = tmp_path_factory.mktemp("suite")
     for method in ("strict", "ace"):
