@@ -20,8 +20,9 @@ from ace import plotting
 from ace.comparison import OPTION, by_setting, compare, rank
 from ace.errors import AceError
 from ace.history import replace_file
-from ace.results import IDENTITY, load_histories, load_results
+from ace.results import IDENTITY, load_histories, load_results, status
 from ace.tables import relative, table, wide_table
+from benchmarks.config import load_run
 from benchmarks.methods import METHODS
 
 METRICS = {
@@ -85,17 +86,19 @@ def gather(path: Path, folder: Path | None) -> pd.DataFrame:
         folder: Folder of runs, or None.
 
     Returns:
-        One row per run, by task and model in order of appearance, method in the order of the benchmarks, and seed.
+        One row per run that is done or failed, the latter without results: by task and model in order of appearance,
+        method in the order of the benchmarks, and seed.
 
     Raises:
         AceError: There is neither.
     """
     frames = [pd.read_csv(path)] if path.exists() else []
     if folder is not None:
-        frames.append(load_results(folder))
+        frames += [load_results(folder), _failed(folder)]
     runs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     if runs.empty:
         raise AceError(f"no runs: there is no {path}, and no folder with runs was given")
+    frames = [frame for frame in frames if len(frame)]
     recorded = [column for frame in frames for column in frame if column.startswith(OPTION)]
     same = [*IDENTITY, *(column for column in dict.fromkeys(recorded) if recorded.count(column) == len(frames))]
     runs = runs.drop_duplicates(same, keep="last")
@@ -103,6 +106,18 @@ def gather(path: Path, folder: Path | None) -> pd.DataFrame:
     by_place = {column: pd.Categorical(runs[column], values) for column, values in orders.items()}
     in_order = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index
     return runs.loc[in_order].reset_index(drop=True)
+
+
+def _failed(folder: Path) -> pd.DataFrame:
+    """Return a row without results for each run that failed."""
+    rows = []
+    states = status(folder)
+    for path in states.loc[states["status"] == "failed", "run"]:
+        config = load_run(folder / path / "config.yaml")
+        identity = {"task": config.task.name, "model": config.model.name, "method": config.method.name}
+        rows.append({"run": path, "status": "failed", **identity, "seed": config.seed, "steps": config.steps})
+        rows[-1] |= {"config_hash": config.hash, **config.options()}
+    return pd.DataFrame(rows)
 
 
 def against_strict(runs: pd.DataFrame) -> str:

@@ -83,3 +83,23 @@ def test_differences_to_strict_are_paired():
         f"| ace | 5 | {difference.mean():+.3g} ± {stats.sem(difference):.2g} "
         f"({100 * difference.mean() / strict.mean():+.0f} %) | {p:.2g} |"
     )
+
+
+def test_a_run_that_failed_has_a_row_without_results_until_it_succeeds(suite, tmp_path):
+    [source] = (suite / "plain").glob("nbody-egnn/ace/seed1-*")
+    failed = tmp_path / "failed" / source.relative_to(suite / "plain")
+    failed.mkdir(parents=True)
+    (failed / "config.yaml").write_bytes((source / "config.yaml").read_bytes())
+    (failed / "error.txt").write_text("NonFiniteLoss: loss is nan at step 3")
+    frame = gather(tmp_path / "tiny.csv", tmp_path / "failed")
+    assert frame["status"].tolist() == ["failed"]
+    frame.to_csv(tmp_path / "tiny.csv", index=False)
+    frame = gather(tmp_path / "tiny.csv", suite / "plain")
+    assert frame["status"].tolist() == ["done"] * 4
+
+    rest = frame[(frame["method"] == "strict") | (frame["seed"] == 0)]
+    rest.to_csv(tmp_path / "tiny.csv", index=False)
+    frame = gather(tmp_path / "tiny.csv", tmp_path / "failed")
+    assert table(frame, "test_shipped").count("(1 of 2)") == 1
+    main(["tiny", str(tmp_path), "--runs", str(tmp_path / "failed")])
+    assert "(1 of 2)" in (tmp_path / "tiny-wide.md").read_text()
