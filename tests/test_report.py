@@ -13,6 +13,7 @@ from scipy import stats
 from ace.errors import AceError
 from ace.tables import table
 from benchmarks.report import against_strict, gather, main
+from benchmarks.studies.published import beside
 from benchmarks.train import run
 
 
@@ -103,3 +104,23 @@ def test_a_run_that_failed_has_a_row_without_results_until_it_succeeds(suite, tm
     assert table(frame, "test_shipped").count("(1 of 2)") == 1
     main(["tiny", str(tmp_path), "--runs", str(tmp_path / "failed")])
     assert "(1 of 2)" in (tmp_path / "tiny-wide.md").read_text()
+
+
+def test_published_numbers_stand_beside_ours_in_their_units():
+    runs = pd.DataFrame(
+        [("t", "m", "ace", seed, 500, 0.02 + 0.01 * seed, 3.0) for seed in range(2)],
+        columns=["task", "model", "method", "seed", "steps", "test_shipped", "domain"],
+    )
+    rows = [
+        ("t", "m", "ace", "test_shipped", 0.01, "7 ± 1", "A", "shorter"),
+        ("t", "m", "ace", "domain", 1.0, "2", "B", "none"),
+        ("t", "m", "cr", "test_shipped", 1.0, "2", "C", "none"),
+    ]
+    columns = ["task", "model", "method", "metric", "unit", "published", "source", "difference"]
+    published = pd.DataFrame(rows, columns=columns)
+    lines = beside(published, [runs.assign(task="other"), runs]).splitlines()[2:]
+    assert lines == [
+        "| t | m | ace | 0.01 | 7 ± 1 (A) | 2.5 ± 0.5 (2 seeds, 500 steps) | shorter |",
+        "| t | m | ace | domain, 1 | 2 (B) | 3 ± 0 (2 seeds, 500 steps) | none |",
+        "| t | m | cr | 1 | 2 (C) | – | none |",
+    ]
