@@ -153,19 +153,40 @@ def run(
 def suite(
     config: Annotated[str, typer.Argument(help="Name of a suite in configs/suites, or a YAML file.")],
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at a time, each a process.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of runs at a time on this machine, each a process; default 1.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster, such as 10.0.0.1:6379, or auto for the one here."),
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs that each run asks the Ray cluster for: 1, 0.25, ...")] = 0.0,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Run nothing; print a shell command for each run not done.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the suite; default results/NAME.")] = None,
 ) -> None:
     """Run a suite; the same command resumes it: what is done is kept, what was interrupted goes on.
 
-    [bold]Example:[/bold]  ace suite configs/suites/quick.yaml --jobs 2 --out results/quick
+    [bold]Examples:[/bold]  ace suite configs/suites/quick.yaml --jobs 2 --out results/quick
+
+    ace suite quick --ray auto --out /shared/quick
+
+    ace suite quick --print-commands --out /shared/quick > commands.txt
     """
+    if sum([jobs is not None, ray is not None, print_commands]) > 1 or (gpus and ray is None):
+        raise AceError("give one of --jobs, --ray (with or without --gpus) and --print-commands")
     whole = _benchmarks("config").load_suite(config, overrides or ())
-    module = _benchmarks("suite")
+    module, executors = _benchmarks("suite"), _benchmarks("executors")
     folder = out or Path("results") / Path(config).stem
+    execute = executors.Processes(jobs or 1) if ray is None else executors.Ray(ray, gpus)
     runs, left_out = module.prepare(whole, folder)
     for line in left_out:
         print(line, file=sys.stderr)
+    if print_commands:
+        for line in module.shell_commands(runs, folder):
+            print(line)
+        return
     before = sum((folder / run.folder / "summary.json").exists() for run in runs)
     print(f"{len(runs)} runs in {folder}, {before} of them done already")
     with _progress() as progress:
@@ -176,7 +197,7 @@ def suite(
             done = int(progress.tasks[0].completed)
             progress.console.print(_line(outcome, done, len(runs)), markup=False, highlight=False, soft_wrap=True)
 
-        outcomes = module.run_suite(runs, folder, jobs, report)
+        outcomes = module.run_suite(runs, folder, execute, report)
     unfinished = sum(outcome.status != "done" for outcome in outcomes)
     if unfinished:
         print(f"{unfinished} of {len(runs)} runs are not done; the same command retries them", file=sys.stderr)

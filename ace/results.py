@@ -52,11 +52,13 @@ def load_results(folder: str | os.PathLike[str]) -> pd.DataFrame:
         1  seed1  nbody  egnn    ace     1   1.5
     """
     rows, damaged = [], []
-    for run in _runs(folder):
-        path = run / "summary.json"
+    for run, files in _runs(folder):
+        if "summary.json" not in files:
+            continue
+        path = Path(folder, run, "summary.json")
         try:
             summary = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except FileNotFoundError:  # removed since
             continue
         except ValueError as error:
             damaged.append(f"{path}: {error}")
@@ -65,7 +67,7 @@ def load_results(folder: str | os.PathLike[str]) -> pd.DataFrame:
         if missing:
             damaged.append(f"{path}: no {', '.join(missing)}")
         else:
-            rows.append({"run": run.relative_to(folder).as_posix()} | {key: summary[key] for key in IDENTITY} | summary)
+            rows.append({"run": run} | {key: summary[key] for key in IDENTITY} | summary)
     if damaged:
         raise DataError("damaged summaries; remove them and run the suite again:\n  " + "\n  ".join(damaged))
     return pd.DataFrame(rows, columns=None if rows else ["run", *IDENTITY])
@@ -130,26 +132,29 @@ def status(folder: str | os.PathLike[str]) -> pd.DataFrame:
         0   .  failed  NonFiniteLoss: loss is nan at step 812
     """
     rows = []
-    for run in _runs(folder):
-        if (run / "summary.json").exists():
+    for run, files in _runs(folder):
+        if "summary.json" in files:
             state, detail = "done", ""
-        elif (run / "error.txt").exists():
-            lines = (run / "error.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        elif "error.txt" in files:
+            lines = Path(folder, run, "error.txt").read_text(encoding="utf-8", errors="replace").split("\n")
             state, detail = "failed", next((line for line in reversed(lines) if line.strip()), "")
         else:
-            saved = (run / "checkpoint.pt").exists()
-            state, detail = "interrupted", "has a checkpoint" if saved else "no checkpoint yet"
-        rows.append((run.relative_to(folder).as_posix(), state, detail))
+            state, detail = "interrupted", "has a checkpoint" if "checkpoint.pt" in files else "no checkpoint yet"
+        rows.append((run, state, detail))
     frame = pd.DataFrame(rows, columns=["run", "status", "detail"])
     return frame.assign(status=pd.Categorical(frame["status"], categories=["done", "failed", "interrupted"]))
 
 
-def _runs(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Run folders at or under a folder, in order of their paths."""
+def _runs(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
+    """Run folders at or under a folder, in order of their paths: path relative to it, and the names of the files.
+
+    Each folder is listed once, and nothing else is asked of the file system.
+    """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; a suite's results lie in the folder it was given")
-    for name, below, files in os.walk(folder):
+    top = str(Path(folder))
+    for name, below, files in os.walk(top):
         below.sort()
         if "config.yaml" in files:
             below.clear()
-            yield Path(name)
+            yield Path(name[len(top) :].lstrip(os.sep)).as_posix(), files

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import product
 from operator import or_
 from pathlib import Path
@@ -391,9 +391,12 @@ def _overlay(*layers: Flat) -> Flat:
     return stacked
 
 
+_parse = lru_cache(maxsize=64)(yaml.safe_load)  # a suite reads the same few files for each of its runs
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -402,7 +405,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold key: value lines, not a {type(content).__name__}")
-    return content
+    return dict(content)
 
 
 def _first_line(error: yaml.YAMLError) -> str:

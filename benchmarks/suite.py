@@ -1,4 +1,4 @@
-"""Suites: run the missing runs of a grid in worker processes, and tell how far each has come.
+"""Suites: have the missing runs of a grid run, and tell how far each has come.
 
 Everything about a run is in files, so the same command resumes: runs with a summary are left alone, the
 others go on from their last checkpoint. A worker that dies costs its own run only.
@@ -6,11 +6,8 @@ others go on from their last checkpoint. A worker that dies costs its own run on
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +17,12 @@ import pandas as pd
 from ace import results
 from ace.errors import ConfigError, DataError
 from ace.history import replace_file
-from benchmarks.locks import is_locked
+from benchmarks.executors import Ended, Executor, shell_command, write_config
+from benchmarks.locks import NAME, holder, is_locked, locked
 
 if TYPE_CHECKING:  # it imports the models, and a status need not wait for them
     from benchmarks.config import RunConfig, Suite
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = "runs.txt"
 """File of a suite's folder that lists the folders of its runs, so that a status knows those never started."""
 
@@ -39,7 +36,7 @@ class Outcome:
         folder: Its folder.
         status: ``done``, ``failed`` or ``interrupted``.
         detail: The error, if there is one.
-        seconds: Time that this process waited for it.
+        seconds: What it took, from the start of its worker.
     """
 
     config: RunConfig
@@ -88,42 +85,48 @@ def prepare(suite: Suite, out: Path) -> tuple[list[RunConfig], list[str]]:
     return left, [f"{name} left out: {reason}" for name, reason in reasons.items()]
 
 
-def run_suite(runs: Iterable[RunConfig], out: Path, jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
+def run_suite(
+    runs: Iterable[RunConfig], out: Path, execute: Executor, report: Callable[[Outcome], None]
+) -> list[Outcome]:
     """Run what is not done, each run in a process of its own.
 
     Args:
         runs: The runs.
         out: Folder of the suite.
-        jobs: Number of processes at a time.
+        execute: Where to: ``Processes`` or ``Ray``.
         report: Called with each outcome as it comes; runs done before are not reported.
 
     Returns:
         The outcomes of the runs that were not done.
+
+    Raises:
+        Locked: Another process runs a suite in the folder.
     """
-    runs = list(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / RUNS, "".join(f"{run.folder.as_posix()}\n" for run in runs).encode())
-    waiting = [run for run in runs if not _is_done(out / run.folder)]
-    working: list[tuple[RunConfig, subprocess.Popen[bytes], float]] = []
     outcomes = []
-    try:
-        while waiting or working:
-            while waiting and len(working) < jobs:
-                config = waiting.pop(0)
-                working.append((config, _start(config, out / config.folder), time.monotonic()))
-            time.sleep(0.05)
-            for entry in [entry for entry in working if entry[1].poll() is not None]:
-                working.remove(entry)
-                config, process, start = entry
-                outcome = _outcome(config, out / config.folder, process.returncode, time.monotonic() - start)
-                outcomes.append(outcome)
-                report(outcome)
-    finally:  # also when interrupted: nothing goes on in the background
-        for _, process, _ in working:
-            process.terminate()
-        for _, process, _ in working:
-            process.wait()
+    # closed also when interrupted: nothing goes on in the background
+    with _missing(runs, out) as missing, closing(execute(missing, out)) as endings:
+        for ended in endings:
+            outcomes.append(_outcome(ended, out / ended.config.folder))
+            report(outcomes[-1])
     return outcomes
+
+
+def shell_commands(runs: Iterable[RunConfig], out: Path) -> list[str]:
+    """Write the configurations of what is not done, and return one line for a shell for each of these runs.
+
+    The lines can be executed in any order, several at a time, from any folder, on any machine with the same paths.
+
+    Args:
+        runs: The runs.
+        out: Folder of the suite.
+
+    Raises:
+        Locked: A process runs a suite in the folder.
+    """
+    with _missing(runs, out) as missing:
+        for run in missing:
+            write_config(run, out / run.folder)
+    return [shell_command(run, out / run.folder) for run in missing]
 
 
 def status(out: Path) -> pd.DataFrame:
@@ -134,50 +137,61 @@ def status(out: Path) -> pd.DataFrame:
 
     Returns:
         One row per run: ``run`` (its folder), ``status`` (``done``, ``failed``, ``interrupted``, ``running``
-        or ``pending``) and ``detail``.
+        or ``pending``: never started) and ``detail``.
 
     Raises:
         DataError: There is no such folder.
     """
     started = results.status(out)
-    state = started["status"].astype(str)
-    running = [word == "interrupted" and is_locked(out / run) for run, word in zip(started["run"], state, strict=True)]
-    started["status"] = state.mask(running, "running")
-    started.loc[running, "detail"] = ""
+    rows = [(run, *_state(out / run, word, detail)) for run, word, detail in started.itertuples(index=False)]
     listed = (out / RUNS).read_text().splitlines() if (out / RUNS).exists() else []
-    pending = [(run, "pending", "") for run in listed if run not in set(started["run"])]
-    return pd.concat([started, pd.DataFrame(pending, columns=started.columns)], ignore_index=True)
+    known = set(started["run"])
+    rows += [(run, "pending", "") for run in listed if run not in known]
+    return pd.DataFrame(rows, columns=started.columns)
+
+
+@contextmanager
+def _missing(runs: Iterable[RunConfig], out: Path) -> Iterator[list[RunConfig]]:
+    """Lock the folder of a suite, list its runs there for a status, and hand over those that are not done."""
+    runs = list(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        replace_file(out / RUNS, "".join(f"{run.folder.as_posix()}\n" for run in runs).encode())
+        yield [run for run in runs if not _is_done(out / run.folder)]
+
+
+def _state(folder: Path, word: str, detail: str) -> tuple[str, str]:
+    """Tell runs in progress, and those that nobody began, from the interrupted ones."""
+    if word == "interrupted" and is_locked(folder):
+        return "running", ""
+    if word == "interrupted" and not (folder / NAME).exists() and not (folder / "checkpoint.pt").exists():
+        return "pending", ""  # it has its configuration, and no worker had it
+    return word, detail
 
 
 def _is_done(folder: Path) -> bool:
     return (folder / "summary.json").exists()
 
 
-def _start(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.yaml", config.to_yaml().encode())
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(config.threads)}
-    with (folder / "log.txt").open("ab") as log:
-        command = [sys.executable, "-m", "benchmarks.train", str(folder)]
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
-
-
-def _outcome(config: RunConfig, folder: Path, code: int, seconds: float) -> Outcome:
+def _outcome(ended: Ended, folder: Path) -> Outcome:
     [row] = results.status(folder).to_dict("records")
     detail = row["detail"]
     if row["status"] == "interrupted":
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        detail = f"the worker ended {how}, see {folder / 'log.txt'}"
-    return Outcome(config, folder, row["status"], detail, seconds)
+        log = folder / "log.txt"
+        if is_locked(folder):
+            detail = f"another process is working on it ({holder(folder)})"
+        else:
+            detail = f"the worker ended {ended.how}{f', see {log}' if log.exists() else ''}"
+    return Outcome(ended.config, folder, row["status"], detail, ended.seconds)
 
 
 def _refuse_mixture(runs: list[RunConfig], out: Path) -> None:
     """Two configurations of one method and seed in one folder would be averaged by a table, or refused by it."""
-    others = []
-    for run in runs:
-        name = run.folder.name.rpartition("-")[0]
-        others += [path for path in (out / run.folder.parent).glob(f"{name}-*") if path.name != run.folder.name]
+    names = {run.folder.as_posix() for run in runs}
+    starts = {name.rpartition("-")[0] for name in names}
+    present = [path for parent in {run.folder.parent for run in runs} for path in (out / parent).glob("*-*")]
+    folders = [(path, path.relative_to(out).as_posix()) for path in present]
+    others = [path for path, name in folders if name not in names and name.rpartition("-")[0] in starts]
     if others:
         listed = "\n  ".join(map(str, sorted(set(others))))
         raise ConfigError(

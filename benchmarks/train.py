@@ -57,13 +57,14 @@ class RunFailed(AceError):
     """A run ended with an error, which is kept in its folder."""
 
 
-def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+def run(config: RunConfig, folder: Path, progress: Progress | None = None, patience: float = 0.5) -> dict[str, Any]:
     """Train, or go on training, one run.
 
     Args:
         config: The run.
         folder: Where its files are; made as needed.
         progress: Called with the number of steps done after each step.
+        patience: Seconds to wait for another process that is working on the run.
 
     Returns:
         The summary, which is also in ``summary.json``. A run that is done is not repeated.
@@ -76,7 +77,7 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None) -> di
             configuration. As with the two before, the traceback is kept in ``error.txt``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, patience):
         if (folder / "summary.json").exists():
             return json.loads((folder / "summary.json").read_bytes())
         replace_file(folder / "config.yaml", config.to_yaml().encode())
@@ -411,10 +412,10 @@ def _git_commit() -> str:
     return done.stdout.strip()
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, patience: float = 0.5) -> int:
     """Train the run of a folder; return 0 when it is done, 1 when it failed."""
     try:
-        summary = run(load_run(folder / "config.yaml"), folder)
+        summary = run(load_run(folder / "config.yaml"), folder, patience=patience)
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -25,6 +25,7 @@ TINY = (
     "checkpoint_every=8",
 )
 METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "ace-paper", "cr")  # of the smoke suite
+METRICS = ("valid_shipped", "test_shipped", "test_relaxed", "test_restored", "equivariance_error", "max_gamma")
 RIVALS = ("augmentation", "linear-decay", "cosine-decay", "cr-norm", "penalty", "rpp", "projection", "remul")
 RIVALS += ("remul-gradnorm", "controlled")
 

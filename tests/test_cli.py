@@ -15,7 +15,7 @@ import pytest
 from runs import METHODS, ROOT, TINY, cache, command, tiny  # noqa: F401
 
 from ace.cli import main
-from benchmarks.locks import is_locked
+from benchmarks.locks import is_locked, locked
 
 pytestmark = pytest.mark.usefixtures("cache")
 COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "ranks", "data", "certify", "diagnose")
@@ -59,6 +59,31 @@ def test_the_same_command_has_nothing_left_to_do(smoke):
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"{len(METHODS)} runs in {out}, {len(METHODS)} of them done already"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")} == before
+
+
+def test_a_folder_that_another_suite_works_in_is_refused(smoke):
+    _, out = smoke
+    with locked(out):
+        done = inside("suite", "smoke", "seed=0", "--out", str(out))
+    assert done.returncode == 2
+    assert f"pid {os.getpid()}" in done.stderr
+
+
+def test_commands_are_printed_and_nothing_else(tmp_path):
+    done = inside("suite", "smoke", "seed=0", "--print-commands", "--out", str(tmp_path))
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(METHODS)
+    assert all(line.startswith("env ") and str(tmp_path) in line for line in lines)
+    assert inside("status", str(tmp_path)).stdout.splitlines()[-1] == f"pending {len(METHODS)}"
+
+
+def test_without_ray_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it raises ModuleNotFoundError
+    done = inside("suite", "smoke", "--ray", "auto", "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "[ray]" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_status_counts(smoke):
@@ -155,6 +180,8 @@ def test_a_failed_run_has_exit_code_1_and_no_traceback(tmp_path):
         (("run", "nbody", "stepz=3"), "did you mean 'steps'"),
         (("run", "nbdy"), "did you mean 'nbody'"),
         (("suite", "smok"), "did you mean 'smoke'"),
+        (("suite", "smoke", "--jobs", "2", "--ray", "auto"), "give one of --jobs"),
+        (("suite", "smoke", "--gpus", "1"), "give one of --jobs"),
         (("status", "no/such/folder"), "no/such/folder"),
         (("table", "no/such/folder"), "no/such/folder"),
         (("plot", "."), "nothing to plot"),

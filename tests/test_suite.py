@@ -1,9 +1,14 @@
+import errno
+import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +16,13 @@ import yaml
 from runs import ROOT, TINY, cache, tiny  # noqa: F401
 
 from ace import results
-from ace.errors import ConfigError, DataError
+from ace.errors import AceError, ConfigError, DataError
+from benchmarks import executors
 from benchmarks.config import load_run, load_suite
-from benchmarks.locks import is_locked, locked
+from benchmarks.executors import Processes
+from benchmarks.locks import NAME, Locked, is_locked, locked
 from benchmarks.models import MODELS
-from benchmarks.suite import prepare, run_suite, status
+from benchmarks.suite import prepare, run_suite, shell_commands, status
 from benchmarks.train import build_model, run
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -51,13 +58,13 @@ def test_a_suite_runs_what_is_missing_and_reports_each(tmp_path):
     runs = [tiny("method=strict"), tiny("method=ace"), tiny("method=ace", "seed=1")]
     run(runs[0], tmp_path / runs[0].folder)
     reported = []
-    outcomes = run_suite(runs, tmp_path, jobs=2, report=reported.append)
+    outcomes = run_suite(runs, tmp_path, Processes(2), report=reported.append)
     assert reported == outcomes
     assert {outcome.config for outcome in outcomes} == set(runs[1:])
     assert {outcome.status for outcome in outcomes} == {"done"}
     assert words(tmp_path) == {run.folder.as_posix(): "done" for run in runs}
     assert len(results.load_results(tmp_path)) == 3
-    assert run_suite(runs, tmp_path, jobs=2, report=lambda outcome: pytest.fail("run again")) == []
+    assert run_suite(runs, tmp_path, Processes(2), report=lambda outcome: pytest.fail("run again")) == []
 
     run(runs[1], tmp_path / "here")  # a worker gives the result of this process
     worker = tmp_path / runs[1].folder
@@ -83,10 +90,12 @@ def test_a_dead_or_failing_worker_costs_its_own_run_only(tmp_path, monkeypatch):
         started[0].kill()
 
     seen = {}
-    monkeypatch.setattr("benchmarks.suite.subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr("benchmarks.executors.subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
     killer = threading.Thread(target=kill_once_there_is_a_checkpoint)
     killer.start()
-    outcomes = {o.config: o for o in run_suite([endless, diverging, done], tmp_path, 2, lambda outcome: None)}
+    outcomes = {
+        o.config: o for o in run_suite([endless, diverging, done], tmp_path, Processes(2), lambda outcome: None)
+    }
     killer.join()
     assert seen[endless.folder.as_posix()] == "running"
     assert outcomes[endless].status == "interrupted"
@@ -133,6 +142,78 @@ def test_a_folder_with_other_configurations_of_the_same_runs_is_refused(tmp_path
     prepare(first, tmp_path / "out")
     with pytest.raises(ConfigError, match=first.runs[0].folder.name):
         prepare(second, tmp_path / "out")
+    swept = suite(tmp_path, {**block, "sweep": {"lr": [0.1, 0.2]}}, overrides={**over, **data})
+    assert [run.hash for run in swept.runs] == [first.runs[0].hash, second.runs[0].hash]
+    assert prepare(swept, tmp_path / "out") == (swept.runs, [])  # it resumes, with runs of its own in the folder
+
+
+def test_workers_share_the_gpus_and_have_the_threads_of_their_runs(tmp_path, monkeypatch):
+    """Three workers that wait for one another, and two GPUs."""
+    code = (
+        "import os, sys, time; from pathlib import Path; here = Path(sys.argv[1])\n"
+        "(here / 'seen').write_text(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])\n"
+        "while len(list(here.parent.glob('*/seen'))) < 3: time.sleep(0.01)"
+    )
+    monkeypatch.setattr(executors, "_command", lambda folder: [sys.executable, "-c", code, str(folder)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    runs = [tiny("threads=3", f"seed={seed}") for seed in range(3)]
+    assert {ended.how for ended in Processes(3)(runs, tmp_path)} == {"with exit code 0"}
+    seen = [(tmp_path / run.folder / "seen").read_text() for run in runs]
+    assert seen == ["2 3", "GPU-5 3", "2 3"]
+
+
+def test_two_suites_in_one_folder_are_refused(tmp_path):
+    with locked(tmp_path):
+        for start in (lambda: run_suite([tiny()], tmp_path, Processes(), print), lambda: shell_commands([], tmp_path)):
+            with pytest.raises(Locked, match=rf"another process is working here \(pid {os.getpid()} on .+ since 2"):
+                start()
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert run_suite([], tmp_path, Processes(), print) == []
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
+    config = tiny()
+    (tmp_path / config.folder).mkdir(parents=True)
+    with locked(tmp_path / config.folder):
+        [outcome] = run_suite([config], tmp_path, Processes(), lambda outcome: None)
+    assert outcome.status == "interrupted"
+    assert f"another process is working on it (pid {os.getpid()} on" in outcome.detail
+
+
+def test_printed_commands_do_the_runs_wherever_they_are_executed(tmp_path, monkeypatch):
+    """As in a job array: in another folder, without the variables of this process, two at a time."""
+    runs = [tiny("seed=0"), tiny("seed=1", "threads=2")]
+    (tmp_path / "a suite's").mkdir()
+    monkeypatch.chdir(tmp_path / "a suite's")
+    monkeypatch.setenv("ACE_CACHE", os.path.relpath(os.environ["ACE_CACHE"]))
+    lines = shell_commands(runs, Path("out"))
+    out = tmp_path / "a suite's" / "out"
+    assert words(out) == {run.folder.as_posix(): "pending" for run in runs}
+    (tmp_path / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
+    [snippet] = re.findall(r"--wrap '(.*)'", (ROOT / "docs" / "scale.md").read_text(encoding="utf-8"))
+    tasks = [
+        subprocess.Popen(
+            ["bash", "-c", snippet],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": number},
+            stdout=subprocess.PIPE,
+        )
+        for number in ("1", "2")
+    ]
+    summaries = [json.loads(task.communicate()[0]) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert [summary["config_hash"] for summary in summaries] == [run.hash for run in runs]
+    assert words(out) == {run.folder.as_posix(): "done" for run in runs}
+    assert shell_commands(runs, out) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(AceError, match=f"{tmp_path}: its file system does not lock files \\(No locks available"):
+        run_suite([tiny()], tmp_path, Processes(), print)
 
 
 def test_a_lock_is_released_however_its_process_ends(tmp_path):
