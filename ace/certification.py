@@ -214,7 +214,7 @@ class _Measurements:
         leaves = []
         for name, group in self.groups.items():
             nodes = samples.nodes if isinstance(group, Permutations) else None
-            elements = [samples.elements(group, seed)[0] for seed in range(8)]  # one could be the identity
+            elements = [samples.elements(group, (seed, 0))[0] for seed in range(8)]  # one could be the identity
             leaves = typed_outputs(self.model, group, elements[0], arguments, output, self.outputs, problems, nodes)
             moved = (
                 torch.equal(act(element, entry.value, entry.kind), entry.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -131,18 +132,24 @@ def run(
     [bold]Examples:[/bold]  ace run nbody method=ace model=egnn seed=0 steps=1000
 
     ace run mocap-run method=ace-resilient method.rho=0.1 augment=true
+
+    torchrun --nproc-per-node 4 -m ace.cli run qm9 batch_size=256
     """
     config = _benchmarks("config").load_run(task, overrides or ())
     folder = out / config.folder
-    print(f"{config.label}: {folder}")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+    if first:
+        print(f"{config.label}: {folder}")
     train = _benchmarks("train")
     try:
-        with _progress() as progress:
+        with _progress(first) as progress:
             bar = progress.add_task(config.label, total=config.steps)
             summary = train.run(config, folder, lambda step: progress.update(bar, completed=step))
     except train.RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+    if not first:
+        return
     for key in ("valid_shipped", "test_shipped", "test_relaxed", "test_restored"):
         print(f"{key:<19} {summary[key]:.5g}")
     print(f"{'equivariance_error':<19} {summary['equivariance_error']:.1e}")
@@ -387,7 +394,7 @@ def data(
     print(getattr(_benchmarks(module), function)())
 
 
-def _progress() -> Progress:
+def _progress(shown: bool = True) -> Progress:
     """Return a progress bar, which shows in a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
@@ -395,7 +402,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        disable=not sys.stdout.isatty(),
+        disable=not (shown and sys.stdout.isatty()),
     )
 
 

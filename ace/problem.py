@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed
 from cooper.cmp import CMPState, ConstrainedMinimizationProblem
 from cooper.constraints.constraint import Constraint as CooperConstraint
 from cooper.constraints.constraint_state import ConstraintState
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ace.constraints import Bounded, Constraint, EquivarianceError, Exact, LayerConstraint, Resilient
+from ace.distributed import gather, total, total_sizes, world_size
 from ace.errors import (
     AceError,
     CheckpointMismatch,
@@ -76,10 +76,12 @@ class Problem(ConstrainedMinimizationProblem):
         multiplier: The multipliers λ, shape (names,), once posed.
         slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
         step: Number of updates done.
+        divided: Whether each of several processes has its own part of the batch; set it to False for a batch that each
+            of them has in whole.
 
     Raises:
         NotRelaxed: The model carries no relaxation terms.
-        AceError: With ``measure="spectral"``, some terms are no linear map; all are listed.
+        AceError: With ``measure="spectral"``, some terms are no linear map; all are listed. Or γ is sharded.
 
     Example:
         >>> import torch, ace
@@ -102,10 +104,16 @@ class Problem(ConstrainedMinimizationProblem):
         self.relaxations: dict[str, Relaxation] = relaxations(relaxed)
         if not self.relaxations:
             raise NotRelaxed("the model carries no relaxation terms: call ace.relax(model, ...) before ace.Problem")
+        if hasattr(self.gammas[0], "full_tensor"):
+            raise AceError(
+                "γ is sharded, and each process needs all of it: pass "
+                "ignored_params={r.gamma for r in ace.relaxations(model).values()} to every fully_shard"
+            )
         self.form: Form | None = None
         self.slack: nn.Parameter | None = None
         self.units: Tensor | None = None
         self.step = 0
+        self.divided = True
         self.names = tuple(self.relaxations)
         self.excess: Tensor | None = None  # (r/ε)² on the batch last observed, over all ranks
         self._watch: Watch | None = None
@@ -185,7 +193,6 @@ class Problem(ConstrainedMinimizationProblem):
         assert isinstance(self.constraint, LayerConstraint)
         gamma = torch.cat(tuple(self.gammas))
         value = gamma
-        strict = None
         if self.constraint.measure == "spectral":
             norms = self.operator_norms()
             self.units = norms.detach()
@@ -193,8 +200,9 @@ class Problem(ConstrainedMinimizationProblem):
         elif not self.constraint.deterministic:
             if self._sizes is None:
                 raise AceError("the constraint is measured on the batch: run the model inside problem.observing()")
-            self.units = self.constraint.units(_all_reduce(self._sizes)).detach()
-            value, strict = gamma.abs() * self.constraint.units(self._sizes), gamma.detach().abs() * self.units
+            units = self.constraint.units(total_sizes(self._sizes))
+            self.units = units.detach()
+            value = gamma.abs() * units
         elif self.relaxation.constraint_type is ConstraintType.INEQUALITY:
             value = gamma.abs()
         bound: float | Tensor = self.constraint.eps if isinstance(self.constraint, Bounded) else 0.0
@@ -205,13 +213,7 @@ class Problem(ConstrainedMinimizationProblem):
             raise ShapeMismatch(
                 f"violations of shape {tuple(violation.shape)} for multipliers of shape {tuple(self.multiplier.shape)}"
             )
-        observed = ConstraintState(
-            violation,
-            strict_violation=None
-            if strict is None
-            else strict - (bound.detach() if isinstance(bound, Tensor) else bound),
-            contributes_to_primal_update=self.form != "proximal",
-        )
+        observed = ConstraintState(violation, contributes_to_primal_update=self.form != "proximal")
         return CMPState(observed_constraints={self.relaxation: observed})
 
     def operator_norms(self) -> Tensor:
@@ -228,19 +230,18 @@ class Problem(ConstrainedMinimizationProblem):
         constraint = cast("EquivarianceError", self.constraint)
         values, strict = [], []
         for name, group in constraint.groups.items():
-            differences, sizes = watch.squares(group, self.step)
+            differences, sizes = watch.squares(group, self.step, self.divided)
             aim = (1 - constraint.margin) * constraint.tolerances[name]
-            differences, sizes = _gather(torch.stack((differences, sizes)))
+            if self.divided:
+                differences, sizes = gather(torch.stack((differences, sizes)))
             if constraint.quantile is None:
                 value = differences.mean() / sizes.mean()
             else:
                 value = torch.quantile(differences, constraint.quantile) / sizes.mean()
-            measured = value.detach()
-            # each process has the derivative along its own samples, and their mean is taken where the sum is wanted
-            values.append((measured + _world_size() * (value - measured)) / aim**2 - 1)
-            strict.append(measured / aim**2)
-        self.excess = torch.stack(strict).clamp_min(torch.finfo(strict[0].dtype).tiny).to(self.multiplier.dtype)
-        violation = torch.stack(values).to(self.multiplier.dtype)
+            values.append(value / aim**2 - 1)
+            strict.append(value.detach() / aim**2)
+        self.excess = torch.stack(strict).clamp_min(torch.finfo(strict[0].dtype).tiny).to(self.multiplier)
+        violation = torch.stack(values).to(self.multiplier)
         slope = 0.5 * self.excess.log().clamp(-2, 2)
         return CMPState(observed_constraints={self.relaxation: ConstraintState(violation, strict_violation=slope)})
 
@@ -434,10 +435,10 @@ class PrimalDual(ConstrainedOptimizer):
             batch: Handed to the loss function.
 
         Returns:
-            Cooper's ``RollOut``. ``loss`` is the task loss; ``cmp_state.misc`` holds ``step``, ``layers`` and, after
-            the step and detached, ``gamma``, ``violation`` (before it) and ``multiplier``, each of shape (layers,);
-            under ``EquivarianceError`` the last two are of shape (groups,), named by ``constraints``, and the
-            violation is r/ε - 1.
+            Cooper's ``RollOut``. ``loss`` is the task loss, of several processes the mean of theirs; ``cmp_state.misc``
+            holds ``step``, ``layers`` and, after the step and detached, ``gamma``, ``violation`` (before it) and
+            ``multiplier``, each of shape (layers,); under ``EquivarianceError`` the last two are of shape (groups,),
+            named by ``constraints``, and the violation is r/ε - 1.
 
         Raises:
             NonFiniteLoss: After ``max_skipped`` consecutive batches without a finite loss.
@@ -462,10 +463,11 @@ class PrimalDual(ConstrainedOptimizer):
             if self.step == 0:
                 check_called(self.cmp.model)
         state = self.cmp.state_of(loss)
-        if not _everywhere_finite(loss):
-            return self._skip(state, loss, f"loss {loss.item()}")
+        everywhere = total(loss.detach()) / world_size()  # not finite on one process: all of them skip the batch
+        if not everywhere.isfinite():
+            return self._skip(state, everywhere, f"loss {everywhere.item()}")
         if self.cmp.form == "tolerance":
-            self._start_multipliers(loss)
+            self._start_multipliers(everywhere)
         dual = state.compute_dual_lagrangian()
         dual_lagrangian = cast("Tensor", dual.lagrangian)
         if not self._dual_first:
@@ -479,20 +481,22 @@ class PrimalDual(ConstrainedOptimizer):
         (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
         self._micro_step = 0 if last else self._micro_step + 1
         if last:
+            self._average_gammas()
             if not self._clip():
-                return self._skip(state, loss, "gradient not finite")
+                return self._skip(state, everywhere, "gradient not finite")
             if not self._dual_first:
                 self.dual_step()
             self.primal_step()
             self.cmp.step += 1
             self._skipped_in_a_row = 0
-        return self._report(RollOut(loss.detach(), state, primal, dual), skipped=False)
+        return self._report(RollOut(everywhere, state, primal, dual), skipped=False)
 
     @torch.no_grad()
     def _start_multipliers(self, loss: Tensor) -> None:
-        """Give multipliers that are 0 still a value in units of the loss, the same on every rank."""
-        size = _sum_over_ranks(loss.detach().abs()) / _world_size()
-        start = TOLERANCE_START * size / cast("Tensor", self.cmp.excess).clamp_min(1.0)  # it may well hold already
+        """Give multipliers that are 0 still a value in units of the loss."""
+        start = (
+            TOLERANCE_START * loss.abs() / cast("Tensor", self.cmp.excess).clamp_min(1.0)
+        )  # it may well hold already
         self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
 
     @torch.no_grad()
@@ -540,6 +544,12 @@ class PrimalDual(ConstrainedOptimizer):
         # it expects a gradient of every parameter that had one when the model was wrapped
         return isinstance(self.cmp.model, DistributedDataParallel)
 
+    @property
+    def _plain(self) -> nn.Module:
+        # so that training can go on with another number of processes
+        model = self.cmp.model
+        return cast("nn.Module", model.module) if isinstance(model, DistributedDataParallel) else model
+
     def _units(self) -> Tensor | float:
         return 1.0 if self.cmp.units is None else self.cmp.units
 
@@ -562,11 +572,20 @@ class PrimalDual(ConstrainedOptimizer):
         """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
         for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
             relaxation.retired = relaxation.retired and is_off
-            if is_off and self._keep_in_graph:
-                relaxation.gamma.data.zero_()
-            elif is_off and not relaxation.retired:
-                relaxation.retire()
+            if is_off and not relaxation.retired:
+                relaxation.retire(self._keep_in_graph)
         self._off = off
+
+    @torch.no_grad()
+    def _average_gammas(self) -> None:
+        """Average the gradients of γ over the processes, unless a wrapper of the model has done so."""
+        if world_size() == 1 or self._keep_in_graph:
+            return
+        held = [r.gamma for r in self.cmp.relaxations.values() if r.gamma.requires_grad and not r.retired]
+        if held:
+            means = total(torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in held])) / world_size()
+            for gamma, mean in zip(held, means.split(1), strict=True):
+                gamma.grad = mean
 
     def _clip(self) -> bool:
         """Unscale and clip the gradient of the weights; False if it is not finite."""
@@ -593,18 +612,18 @@ class PrimalDual(ConstrainedOptimizer):
                 "or look at the data"
             )
         empty = state.compute_dual_lagrangian()
-        return self._report(RollOut(loss.detach(), state, empty, empty), skipped=True)
+        return self._report(RollOut(loss, state, empty, empty), skipped=True)
 
     def _report(self, rollout: RollOut, skipped: bool) -> RollOut:
         observed = rollout.cmp_state.observed_constraints[self.cmp.relaxation]
-        strict = observed.strict_violation if self.cmp.excess is None else self.cmp.excess.sqrt() - 1
+        violation = observed.violation if self.cmp.excess is None else self.cmp.excess.sqrt() - 1
         rollout.cmp_state.misc = {
             "task_loss": rollout.loss,
             "step": self.step,
             "layers": tuple(self.cmp.relaxations),
             "constraints": self.cmp.names,
             "gamma": torch.cat(tuple(self.cmp.gammas)).detach().cpu(),
-            "violation": (observed.violation if strict is None else strict).detach().cpu(),
+            "violation": violation.detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
             "skipped": skipped,
         }
@@ -617,7 +636,7 @@ class PrimalDual(ConstrainedOptimizer):
         """
         return {
             "form": f"{self.cmp.form}, {type(self.cmp.constraint).__name__}",
-            "model": self.cmp.model.state_dict(),
+            "model": self._plain.state_dict(),
             "problem": self.cmp.state_dict(),
             "optimizers": dict(super().state_dict()),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -638,7 +657,7 @@ class PrimalDual(ConstrainedOptimizer):
                 loaded.
         """
         _check_state(self, state)
-        self.cmp.model.load_state_dict(state["model"])
+        self._plain.load_state_dict(state["model"])
         self.cmp.load_state_dict(state["problem"])
         super().load_state_dict(state["optimizers"])
         if self.scaler is not None:
@@ -741,48 +760,3 @@ def _check_state(optimizer: PrimalDual, state: Mapping[str, Any]) -> None:
             problems.append(f"it was saved by another form ({state['form']}; here: {present['form']})")
     if problems:
         raise CheckpointMismatch(f"the state belongs to another training, nothing was loaded: {'; '.join(problems)}")
-
-
-def _world_size() -> int:
-    active = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if active else 1
-
-
-def _everywhere_finite(loss: Tensor) -> bool:
-    """Whether the loss is finite on every process, so that all of them skip the same batches."""
-    bad = (~loss.detach().isfinite()).to(torch.int32)
-    if _world_size() > 1:
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    return bad.item() == 0
-
-
-def _sum_over_ranks(value: Tensor) -> Tensor:
-    """Return the sum over all processes."""
-    total = value.clone()
-    if _world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
-def _gather(rows: Tensor) -> Tensor:
-    """Join the columns of all processes, each its own number of them; only a process's own carry a graph there."""
-    if _world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(_world_size())]
-    torch.distributed.all_gather(counts, torch.full_like(counts[0], rows.shape[1]))
-    widest = max(int(count) for count in counts)
-    padded = nn.functional.pad(rows.detach(), (0, widest - rows.shape[1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(parts, padded)
-    parts = [part[:, : int(count)] for part, count in zip(parts, counts, strict=True)]
-    parts[torch.distributed.get_rank()] = rows
-    return torch.cat(parts, dim=1)
-
-
-def _all_reduce(sizes: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
-    """Sum the measured sizes over all processes: the ratio of the sums, not the mean of the ratios."""
-    if _world_size() == 1:
-        return sizes
-    packed = torch.stack([torch.stack([n.detach(), e, n.new_tensor(float(c))]) for n, e, c in sizes])
-    torch.distributed.all_reduce(packed)
-    return [(n, e, int(c)) for n, e, c in packed]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ace.calls import Path, call, merge, tensors_in
 from ace.errors import (
@@ -50,6 +51,7 @@ class Relaxation(nn.Module):
         normalize: Whether each row of f_neq is scaled to the root mean square of f_eq's row, so that γ *is*
             the relative norm of the relaxation.
         retired: Whether the term has been taken out of the forward pass for good (γ = 0).
+        in_graph: Whether it is computed all the same, at γ = 0, where gradients are wanted.
         called: Whether the layer ran since the term was attached.
         dual: The vector of multipliers that a problem posed on the model keeps, and this layer's place in it.
         strict: Layers of the model that were left strict, by path: class name and reason. Shared by all relaxations.
@@ -63,6 +65,7 @@ class Relaxation(nn.Module):
         self.normalize = normalize
         self.axes: Mapping[Path, tuple[int, ...]] = getattr(term, "feature_axes", {})
         self.retired = False
+        self.in_graph = False
         self.called = False
         self.sizes: list[tuple[Tensor, Tensor, int]] | None = None
         self.dual: tuple[Tensor, int] | None = None
@@ -77,7 +80,7 @@ class Relaxation(nn.Module):
         del layer
         self.called = True
         # a compiled graph keeps retired terms, at γ = 0: to look at the switch would be to compile anew
-        if not torch.compiler.is_compiling() and self.retired:
+        if not torch.compiler.is_compiling() and self.retired and not (self.in_graph and torch.is_grad_enabled()):
             return None
         return merge(output, self.term(*args, **kwargs), self._add)
 
@@ -101,11 +104,16 @@ class Relaxation(nn.Module):
             )
         return output + (self.gamma * change).to(output.dtype)
 
-    def retire(self) -> None:
-        """Set γ to 0 and take the term out of the forward pass: from now on the layer costs what f_eq costs."""
+    def retire(self, in_graph: bool = False) -> None:
+        """Set γ to 0 and take the term out of the forward pass: from now on the layer costs what f_eq costs.
+
+        Args:
+            in_graph: Leave it in where gradients are wanted, for a wrapper that waits for those of every parameter.
+        """
         with torch.no_grad():
             self.gamma.zero_()
         self.retired = True
+        self.in_graph = in_graph
 
     def extra_repr(self) -> str:
         """Show γ in ``print(model)``."""
@@ -163,6 +171,7 @@ def relax(
         NoLayerMatched: No layer was chosen, or none can carry a term; the message lists what was tried.
         NotAttachable: Some layers named by ``layers`` cannot carry a term that acts; all are listed with the reason.
         LayerNotCalled: The example does not run some chosen layers through ``__call__``.
+        AceError: The model is wrapped in ``DistributedDataParallel`` or sharded already.
 
     Example:
         >>> import torch, ace
@@ -174,6 +183,11 @@ def relax(
     if relaxations(model):
         raise AlreadyRelaxed(
             f"the model already has relaxation terms at {', '.join(relaxations(model))}: call ace.restore(model) first"
+        )
+    if isinstance(model, DistributedDataParallel) or any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise AceError(
+            "the model is divided over processes already, which would not know of the terms: call ace.relax first, "
+            "then DistributedDataParallel or fully_shard"
         )
     if isinstance(term, str) and term not in MAPS:
         raise AceError(f"unknown term {term!r}: choose one of {', '.join(map(repr, MAPS))}, or pass a function")

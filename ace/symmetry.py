@@ -15,14 +15,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from ace.calls import call
+from ace.distributed import place, total
 from ace.errors import AceError
 from ace.groups import Element, Group, Permutations, act
 from ace.inputs import UNMOVED, Input, model_inputs, parameter_names, with_inputs
 from ace.metrics import Types, output_leaves, typed_outputs
+
+BLOCK = 1024
+"""Samples whose elements are drawn together: of a batch divided over processes, each draws the blocks of its own."""
 
 
 class Watch:
@@ -95,12 +98,14 @@ class Watch:
             self._read = named, arguments, Samples(arguments, self.share)
         return self._read
 
-    def squares(self, group: Group, step: int) -> tuple[Tensor, Tensor]:
+    def squares(self, group: Group, step: int, divided: bool = False) -> tuple[Tensor, Tensor]:
         """Measure the error of the remembered call.
 
         Args:
             group: The group.
             step: Number of the update: each draws its own elements.
+            divided: Whether the batch is this process's part of a larger one. Its samples are then moved by the
+                elements that one process with the whole batch would draw for them.
 
         Returns:
             For each sample ‖f(g x) - g f(x)‖², and for each ‖f(x)‖², with their graphs; shape (samples,). Of several
@@ -115,8 +120,7 @@ class Watch:
         plain = unwrapped(self.model)
         output = self._seen[2]
         nodes = samples.nodes if isinstance(group, Permutations) else None
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        elements = samples.elements(group, hash((self.seed, step, rank)) & 0x7FFFFFFF)
+        elements = samples.elements(group, (self.seed, step), divided)
         leaves = typed_outputs(plain, group, elements[0], arguments, output, self.outputs, [], nodes)
         moved = {
             entry.path: act_by_sample(
@@ -141,7 +145,12 @@ class Watch:
                 samples.part(value).to(torch.promote_types(value.dtype, torch.float32)),
             )
             expected = act_by_sample(elements, index, before, kind)
-            scale = 1.0 if len(leaves) == 1 else before.detach().square().sum() / samples.count
+            scale: Tensor | float = 1.0
+            if len(leaves) > 1:
+                square = before.detach().square().sum()
+                sums = torch.stack((square, torch.full_like(square, samples.count)))
+                square, count = total(sums) if divided else sums
+                scale = square / count
             differences.append(by_sample((found - expected).square(), index, samples.count) / scale)
             sizes.append(by_sample(before.square(), index, samples.count) / scale)
         return torch.stack(differences).sum(0), torch.stack(sizes).sum(0)
@@ -235,21 +244,36 @@ class Samples:
             self._index[count] = torch.arange(count, device=moving[0].device)
         if any(len(value) not in self._index for value in moving):
             count, self._index = 1, {}
+        self.device = next((entry.value.device for entry in arguments), torch.device("cpu"))
         self.count = max(1, round(share * count))
         self._whole = self.count == count
         self._graph = None if graph is None or len(graph) not in self._index else graph[graph < self.count]
         self.nodes = len(self._graph) if self._graph is not None else rows[0].shape[-2] if rows else 1
 
-    def elements(self, group: Group, seed: int) -> list[Element]:
-        """Draw one element for each sample; all permutations within graphs together are one of the whole batch."""
-        if not isinstance(group, Permutations):
-            return group.sample(self.count, seed)
-        if self._graph is None:
-            return group.sample(self.count, seed, nodes=self.nodes)
-        [whole] = group.sample(1, seed, nodes=self.nodes)
-        assert whole.permutation is not None
+    def elements(self, group: Group, key: tuple[int, int], divided: bool = False) -> list[Element]:
+        """Draw one element for each sample; all permutations within graphs together are one of the whole batch.
+
+        Args:
+            group: The group.
+            key: Decides what is drawn.
+            divided: Whether the samples are this process's part of a batch: it takes its own of what is drawn for all.
+        """
+        permuted = isinstance(group, Permutations)
+        count = self.count if self._graph is None or not permuted else len(self._graph)
+        first, whole = place(count, self.device) if divided else (0, count)
+        if not permuted or self._graph is None:
+            drawn = []
+            for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
+                seed = hash((*key, block)) & 0x7FFFFFFF
+                size = min(BLOCK, whole - block * BLOCK)
+                drawn += group.sample(size, seed, nodes=self.nodes if permuted else None)
+            return drawn[first % BLOCK :][:count]
+        [permutation] = group.sample(1, hash((*key, 0)) & 0x7FFFFFFF, nodes=whole)
+        assert permutation.permutation is not None
+        order = permutation.permutation - first
+        order = order[(order >= 0) & (order < count)]
         graph = self._graph.cpu()
-        shuffled = whole.permutation[torch.argsort(graph[whole.permutation], stable=True)]  # graph by graph
+        shuffled = order[torch.argsort(graph[order], stable=True)]  # graph by graph
         return [Element(permutation=torch.empty_like(shuffled).scatter(0, torch.argsort(graph, stable=True), shuffled))]
 
     def index(self, tensor: Tensor) -> Tensor | None:

@@ -287,16 +287,16 @@ class SpectralLinear(nn.Linear):
             u, v = power_iteration(self.weight, u)
             self.u.copy_(u)
             self.v.copy_(v)
-        return nn.functional.linear(input, self._divided(u, v), self.bias)
+        return nn.functional.linear(input, self._divided(self.weight, u, v), self.bias)
 
-    def _divided(self, u: Tensor, v: Tensor) -> Tensor:
-        divided: Tensor = self.weight / torch.dot(u, self.weight @ v)
+    def _divided(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        divided: Tensor = weight / torch.dot(u, weight @ v)
         return divided
 
     @property
     def matrix(self) -> Tensor:
         """The weight divided by the singular value."""
-        return self._divided(self.u, self.v)
+        return self._divided(whole(self.weight), self.u, self.v)
 
 
 @torch.no_grad()
@@ -339,6 +339,12 @@ def operator_norm(matrix: Tensor, start: Tensor | None = None) -> tuple[Tensor, 
     return torch.dot(u, matrix @ v), u
 
 
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight as one tensor, also where ``fully_shard`` has divided it over the processes."""
+    joined: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return joined
+
+
 def matrix_of(term: nn.Module) -> Tensor | None:
     """Return the matrix of a term that is one linear map, but for its bias; None if it is not.
 
@@ -353,7 +359,7 @@ def matrix_of(term: nn.Module) -> Tensor | None:
     if isinstance(inner, SpectralLinear):
         return inner.matrix
     if isinstance(inner, nn.Linear) and type(inner).forward is nn.Linear.forward:
-        return inner.weight
+        return whole(inner.weight)
     if not isinstance(inner, nn.Sequential):
         return None
     product: Tensor | None = None

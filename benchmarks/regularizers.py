@@ -12,6 +12,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 import ace
+from ace.distributed import total
 from ace.groups import SO3, act_generator
 
 
@@ -55,7 +56,7 @@ class LieRegularizer:
             dense.register_forward_pre_hook(partial(_remember, seen))
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Return the two roots for the inputs seen since the last call; tensors without axes."""
+        """Return the two roots for the inputs seen since the last call, of all processes; tensors without axes."""
         derivatives, norms = [], []
         for dense, seen, into, out in self._terms:
             x = torch.cat(seen)
@@ -65,7 +66,8 @@ class LieRegularizer:
             derivative = x @ (into @ weight - weight @ out) - (bias @ out)[:, None]
             derivatives.append(derivative.square().sum())
             norms.append((x @ weight + bias).square().sum())
-        return _root(derivatives), _root(norms)
+        derivative, norm = total(torch.stack((torch.stack(derivatives).sum(), torch.stack(norms).sum())))
+        return _root(derivative), _root(norm)
 
 
 class ProjectionRegularizer:
@@ -118,7 +120,7 @@ class ProjectionRegularizer:
             kept[:, positions] = 0
             weight = dense.weight - kept
             bias = dense.bias - project(dense.bias[:, None], o3.Irreps("0e"), writes)[:, 0]
-            distances.append(_root([weight.square().sum(), bias.square().sum()]))
+            distances.append(_root(weight.square().sum() + bias.square().sum()))
         return torch.stack(distances).sum()
 
 
@@ -156,9 +158,8 @@ def _remember(seen: list[Tensor], dense: nn.Module, args: tuple[Tensor]) -> None
         seen.append(args[0].detach().flatten(0, -2))
 
 
-def _root(squares: list[Tensor]) -> Tensor:
-    total = torch.stack(squares).sum()
-    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()  # the root has no derivative at 0
+def _root(square: Tensor) -> Tensor:
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()  # the root has no derivative at 0
 
 
 def _generators(irreps: str, weight: Tensor) -> Tensor:

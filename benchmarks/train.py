@@ -3,6 +3,9 @@
 ``python -m benchmarks.train FOLDER`` trains the run whose ``config.yaml`` lies in the folder, from its last
 checkpoint if there is one. What a step does depends on the configuration and the number of the step only, so
 a run that was killed and resumed is bitwise the uninterrupted one.
+
+Under torchrun several processes train one run: each does all that one process does, but for its part of the loss; the
+first alone writes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,12 @@ from torch import Tensor, nn
 
 import ace
 from ace import checkpoint
+from ace.distributed import rank, world_size
 from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss, NotWritten
 from ace.history import replace_file
 from ace.probing import evaluating
 from ace.symmetry import Watch
+from benchmarks import processes
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
 from benchmarks.methods import METHODS, Method
@@ -63,7 +68,7 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None, patie
     Args:
         config: The run.
         folder: Where its files are; made as needed.
-        progress: Called with the number of steps done after each step.
+        progress: Called with the number of steps done after each step, in the first process.
         patience: Seconds to wait for another process that is working on the run.
 
     Returns:
@@ -76,22 +81,49 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None, patie
         RunFailed: Anything else that ended the run: a non-finite loss, a full disk, a checkpoint of another
             configuration. As with the two before, the traceback is kept in ``error.txt``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, patience):
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_bytes())
-        replace_file(folder / "config.yaml", config.to_yaml().encode())
-        (folder / "error.txt").unlink(missing_ok=True)
+    with processes.joined(), ExitStack() as held:
+        writes = rank() == 0
+        done = processes.from_first(
+            processes.together(lambda: _enter(folder, config, held, patience) if writes else None)
+        )
+        if done is not None:
+            return done
         try:
-            summary = _Training(config, folder).run(progress)
-            replace_file(folder / "summary.json", json.dumps(summary, indent=1).encode())
+            # the first process of each machine generates the data that are missing there, the others find them
+            task = processes.together(lambda: build_task(config) if processes.local_rank() == 0 else None)
+            training = processes.together(lambda: _Training(config, folder, task or build_task(config)))
+            _check_start(training, processes.from_first(training.step))
+            summary = training.run(progress if writes else None)
+            if writes:
+                replace_file(folder / "summary.json", json.dumps(summary, indent=1).encode())
         except Exception as error:
-            # On a full disk this cannot be written either; without it the run still is not done.
-            _try_to_write(folder / "error.txt", traceback.format_exc())
+            if writes:
+                # On a full disk this cannot be written either; without it the run still is not done.
+                _try_to_write(folder / "error.txt", traceback.format_exc())
             if isinstance(error, ConfigError | DataError):
                 raise
-            raise RunFailed(f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'})") from error
+            where = f"traceback: {folder / 'error.txt'}" if writes else f"in process {rank()}"
+            raise RunFailed(f"{type(error).__name__}: {error} ({where})") from error
     return summary
+
+
+def _check_start(training: _Training, step: int) -> None:
+    """Refuse a process that starts elsewhere than the first one."""
+    if training.step != step:
+        raise DataError(
+            f"process {rank()} is at step {training.step}, the first at {step}: it does not see {training.checkpoint}"
+        )
+
+
+def _enter(folder: Path, config: RunConfig, held: ExitStack, patience: float) -> dict[str, Any] | None:
+    """Lock the folder of a run and prepare it; return the summary if the run is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(folder, patience))
+    if (folder / "summary.json").exists():
+        return json.loads((folder / "summary.json").read_bytes())
+    replace_file(folder / "config.yaml", config.to_yaml().encode())
+    (folder / "error.txt").unlink(missing_ok=True)
+    return None
 
 
 def shipped_model(folder: Path) -> tuple[nn.Module, Task]:
@@ -106,7 +138,8 @@ def shipped_model(folder: Path) -> tuple[nn.Module, Task]:
         raise AceError(
             f"{folder} is no run that is done: it has no {' and no '.join(missing)}; see: ace status {folder}"
         )
-    training = _Training(load_run(folder / "config.yaml"), folder)
+    config = load_run(folder / "config.yaml")
+    training = _Training(config, folder, build_task(config))
     training.select()
     return training.method.finish(training.calibration()), training.task
 
@@ -167,16 +200,21 @@ def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[
 class _Training:
     """One run in progress: all that a checkpoint holds, as attributes."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path, task: Task) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
         self.checkpoint = folder / "checkpoint.pt"
-        self.task = build_task(config)
-        model = build_model(config, self.task)
+        self.task = task
+        self.writes = rank() == 0
+        model = processes.move(build_model(config, self.task))
         self.method: Method = METHODS[config.method.name](config, model, self.task)
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.probe = next(self.task.batches("valid", PROBE)).inputs
-        self.history = ace.History(folder / "history.csv", every=config.log_every)
+        self.history = (
+            ace.History(folder / "history.csv", config.log_every)
+            if self.writes
+            else ace.History(every=config.steps + 1)
+        )
         self.step = 0
         self.best: dict[str, Any] = {"step": 0, "value": math.inf, "rank": [2.0, 0.0], "model": {}}
         self.average: dict[str, Tensor] = {}
@@ -300,6 +338,8 @@ class _Training:
 
     def save(self) -> None:
         """Write the history so far, then the checkpoint: a resumed run cuts what the former has more."""
+        if not self.writes:
+            return
         self.history.flush()
         self.seconds["all"] = time.perf_counter() - self.started
         state = {
@@ -317,7 +357,8 @@ class _Training:
         state = checkpoint.load(self.checkpoint, config=self.config.identity())
         self.method.load_state_dict(state["method"])
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        self.average = state["average"]
+        weights = _floating(self.method.model)
+        self.average = {key: tensor.to(weights[key].device) for key, tensor in state["average"].items()}
         torch.set_rng_state(state["random"])
 
     def select(self) -> None:
@@ -367,6 +408,7 @@ class _Training:
             "equivariance_p95": errors.quantile(0.95).item(),
             **selected,
             **final,
+            "processes": world_size(),
             "seconds": time.perf_counter() - self.started,
             "seconds_per_step": self.seconds["steps"] / config.steps,
             "cpu_seconds_per_step": self.seconds["cpu"] / config.steps,

@@ -6,17 +6,22 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import ace
-from ace.errors import ConstraintNotMet, NonFiniteLoss
+from ace.distributed import total, world_size
+from ace.errors import ConfigError, ConstraintNotMet, NonFiniteLoss
+from ace.probing import evaluating
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Relaxing
+from benchmarks.processes import share
 from benchmarks.tasks import Batch, Task
 
 if TYPE_CHECKING:
@@ -48,6 +53,7 @@ class Method(ABC):
         by_irreps: Whether it needs the irreps that the model's entry names.
         ships_relaxed: Whether the model is shipped with its relaxation terms.
         model: The model in training.
+        copies: Number of processes that computed the last loss on the whole batch; 1 where they divided it.
     """
 
     Options: type[Options] = Relaxing
@@ -59,7 +65,9 @@ class Method(ABC):
         self.config = config
         self.model = model
         self.task = task
+        self.copies = 1
         self.setup()
+        self.trained  # noqa: B018 (what cannot be trained so is refused before the first step)
 
     @abstractmethod
     def setup(self) -> None:
@@ -68,6 +76,34 @@ class Method(ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Any:
         """Update the model; return what ``History.append`` records."""
+
+    @cached_property
+    def trained(self) -> nn.Module:
+        """The model as its losses call it: where there are several processes, they average its gradients.
+
+        Raises:
+            ConfigError: The model has layers whose statistics would be those of a part of the batch.
+        """
+        if world_size() == 1:
+            return self.model
+        norms = [path for path, module in self.model.named_modules() if hasattr(module, "running_mean")]
+        if norms:
+            raise ConfigError(
+                f"model {self.config.model.name!r} normalises over the batch ({norms[0]} and so on), which several "
+                "processes divide: train it with one process"
+            )
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with evaluating(self.model):
+            loss = self.task.loss(self.model, next(self.task.batches("train", 4)))
+        reached = torch.autograd.grad(loss, weights, allow_unused=True)
+        some_unused = any(gradient is None for gradient in reached)
+        return DistributedDataParallel(self.model, find_unused_parameters=some_unused)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the task loss of this process's part of a batch; the mean over the processes is that of the batch."""
+        part, weight = share(batch)
+        self.copies = world_size() if part is batch else 1
+        return weight * self.task.loss(model, part)
 
     def admits(self, error: float) -> bool:
         """Whether a model of this equivariance error may be shipped."""
@@ -124,15 +160,16 @@ class Strict(Method):
         self.optimizer = self.make_optimizer(self.weights)
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
-        loss = self.task.loss(self.model, batch)
+        loss = self.loss(self.trained, batch)
         return self.descend(loss, loss)
 
     def descend(self, task_loss: Tensor, objective: Tensor) -> Any:
         """Take one step on the objective."""
-        if not math.isfinite(objective.item()):
+        seen, aim = total(torch.stack((task_loss.detach(), objective.detach()))) / world_size()
+        if not math.isfinite(aim.item()):
             raise NonFiniteLoss(
-                f"the loss was {objective.item()} at step {self.done + 1} (task loss {task_loss.item():.3g}): lower "
-                "lr, set clip, or look at the data"
+                f"the loss was {aim.item()} at step {self.done + 1} (task loss {seen.item():.3g}): lower lr, set clip, "
+                "or look at the data"
             )
         self.optimizer.zero_grad()
         objective.backward()
@@ -140,7 +177,7 @@ class Strict(Method):
             nn.utils.clip_grad_norm_(self.weights, self.config.clip)
         self.optimizer.step()
         self.done += 1
-        record = {"step": self.done, "task_loss": task_loss.detach(), "layers": ()}
+        record = {"step": self.done, "task_loss": seen, "layers": ()}
         if attached := ace.relaxations(self.model):
             gammas = torch.cat([relaxation.gamma.detach() for relaxation in attached.values()])
             record |= {"layers": tuple(attached), "gamma": gammas}

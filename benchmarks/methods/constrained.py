@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor, nn
 
 import ace
 from benchmarks.methods.base import Method
@@ -19,7 +20,7 @@ class Constrained(Method):
     def setup(self) -> None:  # noqa: D102
         self.relax()
         self.optimizer = ace.PrimalDual(
-            ace.Problem(self.model, self.task.loss, self.constraint()),
+            ace.Problem(self.trained, self.loss, self.constraint()),
             self.make_optimizer(self.model.parameters()),
             steps=self.config.steps,
             clip=self.config.clip,
@@ -34,6 +35,11 @@ class Constrained(Method):
     def form(self) -> dict[str, Any]:
         """Return the further arguments of the optimizer."""
         return {}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
+        loss = super().loss(model, batch)
+        self.optimizer.cmp.divided = self.copies == 1
+        return loss
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         return self.optimizer.roll(batch)

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 import ace
+from ace.distributed import total, total_sizes
 from ace.errors import AceError, ConfigError
 from ace.relaxation import measuring
 from ace.symmetry import Watch
@@ -204,19 +205,20 @@ class Controlled(Unconstrained):
                 totals = stack.enter_context(measuring(self.attached.values()))
             if "error" in reads:
                 stack.enter_context(watch.watching())
-            loss = self.task.loss(self.model, batch)
+            loss = self.loss(self.trained, batch)
             if "ratio" in reads:
                 measured["ratio"] = torch.stack(
-                    [(neq / eq.clamp_min(1e-12)).sqrt().detach() for neq, eq, _ in totals()]
+                    [(neq / eq.clamp_min(1e-12)).sqrt().detach() for neq, eq, _ in total_sizes(totals())]
                 )
         if "error" in reads:
             with torch.no_grad():
-                differences, sizes = watch.squares(self.task.group, self.done)
-            measured["error"] = (differences.sum() / sizes.sum()).sqrt()
+                differences, sizes = watch.squares(self.task.group, self.done, divided=self.copies == 1)
+            difference, size = total(torch.stack((differences.sum(), sizes.sum())))
+            measured["error"] = (difference / size).sqrt()
         record = self.descend(loss, loss + self.price())
         if "gradient" in reads:
             measured["gradient"] = torch.cat([relaxation.gamma.grad for relaxation in self.attached.values()])
-        self.remember(loss.detach(), measured)
+        self.remember(record.cmp_state.misc["task_loss"], measured)
         return record
 
     def set_gammas(self, gammas: Tensor) -> None:

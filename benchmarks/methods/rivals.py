@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 import ace
+from ace.distributed import total, total_sizes, world_size
 from ace.relaxation import measuring
 from benchmarks.methods.base import Unconstrained, derived_seed
 from benchmarks.methods.controllers import Controlled, Controller, Schedule
@@ -24,7 +25,7 @@ class Augmentation(Unconstrained):
     """The relaxed model with γ = 1, each training sample moved by an element of its own."""
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
-        loss = self.task.loss(self.model, self.moved(batch))
+        loss = self.loss(self.trained, self.moved(batch))
         return self.descend(loss, loss)
 
     def moved(self, batch: Batch) -> Batch:
@@ -97,14 +98,14 @@ class Cr(Scheduled):
 
     def price(self) -> Tensor:  # noqa: D102
         derivative, norm = self.regularizer.parts()
-        return self.config.method.weight * (derivative + norm)
+        return self.config.method.weight * (derivative + norm) / math.sqrt(self.copies)
 
 
 class CrNorm(Cr):
     """The control of ``cr``: the same with the norm of the terms' outputs alone, without the Lie derivative."""
 
     def price(self) -> Tensor:  # noqa: D102
-        return self.config.method.weight * self.regularizer.parts()[1]
+        return self.config.method.weight * self.regularizer.parts()[1] / math.sqrt(self.copies)
 
 
 class Penalty(Unconstrained):
@@ -115,8 +116,8 @@ class Penalty(Unconstrained):
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         with measuring(ace.relaxations(self.model).values()) as totals:
-            loss = self.task.loss(self.model, batch)
-            sizes = totals()
+            loss = self.loss(self.trained, batch)
+            sizes = total_sizes(totals())
         price = torch.stack([neq / eq.detach().clamp_min(1e-12) for neq, eq, _ in sizes]).sum()
         return self.descend(loss, loss + self.config.method.weight * price)
 
@@ -131,7 +132,7 @@ class Rpp(Unconstrained):
         weight: float = Field(0.01, ge=0)
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
-        loss = self.task.loss(self.model, batch)
+        loss = self.loss(self.trained, batch)
         weights = [p for r in ace.relaxations(self.model).values() for p in r.term.parameters()]
         prior = torch.stack([p.square().sum() for p in weights]).sum()
         return self.descend(loss, loss + self.config.method.weight * prior)
@@ -154,7 +155,7 @@ class Projection(Unconstrained):
         self.regularizer = ProjectionRegularizer(self.model, entry.read_types, entry.write_types, entry.read_positions)
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
-        loss = self.task.loss(self.model, batch)
+        loss = self.loss(self.trained, batch)
         return self.descend(loss, loss + self.config.method.weight * self.regularizer.distance())
 
 
@@ -175,7 +176,7 @@ class Remul(Augmentation):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss on the batch and on the transformed batch."""
-        return self.task.loss(self.model, batch), self.task.loss(self.model, self.moved(batch))
+        return self.loss(self.trained, batch), self.loss(self.trained, self.moved(batch))
 
 
 class RemulGradNorm(Remul):
@@ -199,18 +200,20 @@ class RemulGradNorm(Remul):
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         losses = self.losses(batch)
-        if all(loss.isfinite() for loss in losses):
-            self.rebalance(losses)
+        now = total(torch.stack(losses).detach()) / world_size()
+        if now.isfinite().all():
+            self.rebalance(losses, now)
         alpha, beta = self.balance.tolist()
         return self.descend(losses[0], alpha * losses[0] + beta * losses[1])
 
-    def rebalance(self, losses: tuple[Tensor, Tensor]) -> None:
-        """Take one step on the weights."""
+    def rebalance(self, losses: tuple[Tensor, Tensor], now: Tensor) -> None:
+        """Take one step on the weights, from the losses of this process and their values over all."""
         norms = []
         for loss in losses:
             gradients = torch.autograd.grad(loss, self.shared, retain_graph=True, allow_unused=True)
-            norms.append(torch.stack([g.norm() for g in gradients if g is not None]).norm())
-        now, size = torch.stack(losses).detach(), torch.stack(norms)
+            means = [total(g) / world_size() for g in gradients if g is not None]
+            norms.append(torch.stack([g.norm() for g in means]).norm())
+        size = torch.stack(norms)
         if self.done == 0:
             self.first = now
         ratio = now / self.first.clamp_min(1e-30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -36,6 +36,46 @@ class Batch:
         if "batch" in self.inputs:
             return int(self.inputs["batch"][-1]) + 1
         return len(next(iter(self.inputs.values())))
+
+    def part(self, first: int, last: int) -> Batch:
+        """Return the samples from number ``first`` to before ``last``.
+
+        Rows of what is named ``edge...`` are those of the edges; others are those of the nodes, or of the samples.
+
+        Example:
+            >>> batch = Batch({"pos": torch.ones(6, 3), "batch": torch.tensor([0, 0, 1, 1, 1, 2])}, torch.ones(3))
+            >>> part = batch.part(1, 3)
+            >>> part.inputs["batch"].tolist(), len(part.inputs["pos"]), len(part.target)
+            ([0, 0, 0, 1], 4, 2)
+        """
+        samples = slice(first, last)
+        if "batch" not in self.inputs:
+            inputs = {name: value[samples] for name, value in self.inputs.items()}
+            return Batch(inputs, _each(self.target, lambda value: value[samples]))
+        graph = self.inputs["batch"]
+        start, stop = torch.searchsorted(graph, torch.tensor([first, last])).tolist()
+        nodes = slice(start, stop)
+        edges = self.inputs.get("edge_index", graph.new_empty(2, 0))
+        inside = (edges[0] >= start) & (edges[0] < stop)
+
+        def rows(value: Tensor) -> Tensor:
+            return value[nodes if len(value) == len(graph) else samples]
+
+        inputs = {
+            name: value[inside] if name.startswith("edge") else rows(value)
+            for name, value in self.inputs.items()
+            if name != "edge_index"
+        }
+        inputs["batch"] = inputs["batch"] - first
+        if "edge_index" in self.inputs:
+            inputs["edge_index"] = edges[:, inside] - start
+        return Batch(inputs, _each(self.target, rows))
+
+
+def _each(target: Target, change: Callable[[Tensor], Tensor]) -> Target:
+    if isinstance(target, Tensor):
+        return change(target)
+    return {name: change(value) for name, value in target.items()}
 
 
 class Task(ABC):
@@ -98,7 +138,7 @@ class Task(ABC):
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Training loss, a tensor without axes; here the mean squared error over all entries."""
+        """Training loss, a mean over the samples, without axes; here the mean squared error over all entries."""
         assert isinstance(batch.target, Tensor)
         return mse_loss(model(**batch.inputs), batch.target)
 

@@ -1,0 +1,120 @@
+"""Several processes that train one run, each on its part of every batch, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ace.distributed import rank, world_size
+from ace.errors import AceError
+from benchmarks.tasks import Batch
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun started, for the while; without torchrun do nothing."""
+    if not torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    torch.distributed.init_process_group()  # gloo, and NCCL where there are GPUs
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def share(batch: Batch) -> tuple[Batch, float]:
+    """Return this process's part of a batch, and its weight.
+
+    The mean over the processes of weight times mean over the part is the mean over the batch. A batch that has fewer
+    samples than there are processes is not divided: a process without samples could not run the model.
+
+    Example:
+        >>> import torch
+        >>> batch = Batch({"x": torch.ones(3, 2)}, torch.ones(3))
+        >>> part, weight = share(batch)
+        >>> len(part), weight
+        (3, 1.0)
+    """
+    count, size = len(batch), world_size()
+    if size == 1 or count < size:
+        return batch, 1.0
+    first, last = count * rank() // size, count * (rank() + 1) // size
+    return batch.part(first, last), size * (last - first) / count
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on all processes that can fail on some; return what it returned here.
+
+    Raises:
+        AceError: It failed on another process.
+    """
+    if world_size() == 1:
+        return action()
+    result: T
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    found: list[str | None] = [None] * world_size()
+    torch.distributed.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for number, message in enumerate(found):
+        if message is not None:
+            raise AceError(f"process {number} failed: {message}")
+    return result
+
+
+def from_first(value: T) -> T:
+    """Return the value that the first process passes."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def move(model: nn.Module) -> nn.Module:
+    """Move a model to the GPU of this process, where there are several processes and GPUs; data stay where they are.
+
+    From then on it takes its inputs there, and brings its outputs back.
+    """
+    if not torch.distributed.is_initialized():
+        return model
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def there(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        del module
+        return _to(device, args), _to(device, kwargs)
+
+    def back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        del module, args
+        return _to(torch.device("cpu"), output)
+
+    model.register_forward_pre_hook(there, with_kwargs=True)
+    model.register_forward_hook(back)
+    return model.to(device)
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(device, entry) for key, entry in value.items()}
+    return tuple(_to(device, entry) for entry in value) if isinstance(value, tuple) else value
