@@ -7,6 +7,7 @@ import io
 import operator
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, SupportsFloat, SupportsIndex
 
@@ -33,6 +34,8 @@ class History:
         path: The CSV file; its folder is created when the first row is written. None keeps everything
             in memory.
         every: :meth:`append` keeps the steps divisible by this number, and the first one.
+        sink: Called with the step and a dict of what was recorded, such as ``{"loss": 0.5, "gamma/layers.0": 1.0}``,
+            once it was: to send it to a tracker of experiments too.
 
     Raises:
         AceError: If ``every`` is not positive.
@@ -47,11 +50,17 @@ class History:
         1   100      1        valid_restored   0.50
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, every: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        every: int = 1,
+        sink: Callable[[int, dict[str, float]], Any] | None = None,
+    ) -> None:
         if every < 1:
             raise AceError(f"every = {every}: a history keeps every n-th step, with n at least 1")
         self.path = None if path is None else Path(path).absolute()
         self.every = every
+        self.sink = sink
         self._pending: list[str] = []  # complete lines, those of one item with the same step
         self._characters = 0
         if self.path is not None:
@@ -115,15 +124,14 @@ class History:
         step = misc["step"]
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
-        start = f"{step},{'' if epoch is None else epoch},"
-        lines = [f"{start},loss,{float(misc['task_loss'])!r}\n"]
-        layers, constraints = _fields(misc["layers"]), _fields(misc.get("constraints", misc["layers"]))
-        for quantity in _PER_LAYER:
-            if quantity in misc:
-                values = misc[quantity].tolist()
-                names = layers if quantity == "gamma" else constraints
-                lines += [f"{start}{name},{quantity},{value!r}\n" for name, value in zip(names, values, strict=True)]
-        self._record("".join(lines))
+        layers, constraints = misc["layers"], misc.get("constraints", misc["layers"])
+        rows = [(("",), "loss", [float(misc["task_loss"])])]
+        rows += [
+            (layers if quantity == "gamma" else constraints, quantity, misc[quantity].tolist())
+            for quantity in _PER_LAYER
+            if quantity in misc
+        ]
+        self._record(step, epoch, rows)
 
     def log(
         self,
@@ -150,14 +158,11 @@ class History:
             >>> history.frame()["layer"].tolist()
             ['layers.0']
         """
-        start = f"{operator.index(step)},{'' if epoch is None else operator.index(epoch)}"
-        (layer,) = _fields((layer,))
-        names = _fields(tuple(quantities))
         try:
-            values = [float(value) for value in quantities.values()]
+            rows = [((layer,), name, [float(value)]) for name, value in quantities.items()]
         except (TypeError, ValueError, RuntimeError) as error:
             raise AceError(f"step {step}: not a number among {quantities}: {error}") from error
-        self._record("".join(f"{start},{layer},{name},{value!r}\n" for name, value in zip(names, values, strict=True)))
+        self._record(operator.index(step), None if epoch is None else operator.index(epoch), rows)
 
     def frame(self) -> pd.DataFrame:
         """All rows in the order they were recorded, those still in the buffer included.
@@ -262,13 +267,30 @@ class History:
 
         plot_trajectories(self.frame(), path)
 
-    def _record(self, lines: str) -> None:
-        if not lines:
+    def _record(self, step: int, epoch: int | None, rows: list[tuple[tuple[str, ...], str, list[float]]]) -> None:
+        """Record a quantity of so many layers in each of the rows: (layers, quantity, values)."""
+        if not rows:
             return
+        start = f"{step},{'' if epoch is None else epoch}"
+        lines = "".join(
+            f"{start},{layer},{name},{value!r}\n"
+            for layers, quantity, values in rows
+            for (name,) in [_fields((quantity,))]
+            for layer, value in zip(_fields(layers), values, strict=True)
+        )
         self._pending.append(lines)
         self._characters += len(lines)
         if self._characters >= _BUFFER:
             self.flush()
+        if self.sink is not None:
+            self.sink(
+                step,
+                {
+                    f"{quantity}/{layer}" if layer else quantity: value
+                    for layers, quantity, values in rows
+                    for layer, value in zip(layers, values, strict=True)
+                },
+            )
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model are the same at every step

@@ -60,6 +60,8 @@ FASTEST_TOLERANCE = 0.1
 TOLERANCE_START = 0.01
 """What the constraint on the equivariance error weighs in the Lagrangian at the start, relative to the loss."""
 
+_WRAPPERS = {"LightningOptimizer", "AcceleratedOptimizer"}
+
 
 class Problem(ConstrainedMinimizationProblem):
     r"""The training problem of a relaxed model: minimise the loss subject to a constraint on the relaxation.
@@ -328,7 +330,8 @@ class PrimalDual(ConstrainedOptimizer):
 
     Args:
         problem: The problem.
-        primal_optimizer: Any torch optimizer over ``relaxed.parameters()``.
+        primal_optimizer: Any torch optimizer over ``relaxed.parameters()``, or one that Lightning or Accelerate
+            wrapped: its wrapper then makes the step of the weights.
         steps: Planned number of updates T.
         form: ``"proximal"`` or ``"augmented"``.
         preset: ``"paper"`` for the published algorithms; ``form`` is then ignored.
@@ -338,7 +341,7 @@ class PrimalDual(ConstrainedOptimizer):
             (``Bounded``), in the proximal form.
         clip: Largest norm of the gradient of θ; γ and u are left out.
         accumulate: Number of ``roll`` calls whose gradients are averaged into one update.
-        scaler: A ``torch.amp.GradScaler``.
+        scaler: A ``torch.amp.GradScaler``; with a wrapped optimizer that of the framework, which then updates it.
         max_skipped: Number of consecutive batches with a non-finite loss that are skipped before
             ``NonFiniteLoss`` is raised.
 
@@ -380,6 +383,10 @@ class PrimalDual(ConstrainedOptimizer):
         max_skipped: int = 10,
     ) -> None:
         _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate, clip, max_skipped)
+        # steps and float16 are the wrapper's; its other methods may be held back, or load a copy
+        self._wrapper: torch.optim.Optimizer | None = None
+        if _WRAPPERS & {kind.__name__ for kind in type(primal_optimizer).__mro__}:
+            self._wrapper, primal_optimizer = primal_optimizer, cast("Any", primal_optimizer).optimizer
         _check_optimizer(problem, primal_optimizer)
         tolerance = isinstance(problem.constraint, EquivarianceError) and preset is None and form == "proximal"
         problem.pose("tolerance" if tolerance else preset or form, penalty)
@@ -397,9 +404,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
         self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
-        # without accumulation, or where it needs no batch, the violation is known before the primal step
-        known = isinstance(problem.constraint, LayerConstraint) and problem.constraint.deterministic
-        self._dual_first = problem.form != "paper" and (known or accumulate == 1)
+        self._known = isinstance(problem.constraint, LayerConstraint) and problem.constraint.deterministic
         super().__init__(problem, self._primal, dual)
 
     def _optimizers(
@@ -446,17 +451,31 @@ class PrimalDual(ConstrainedOptimizer):
         """
         return self.update(self.cmp.evaluate(batch))
 
-    def update(self, loss: Tensor) -> RollOut:
+    def update(
+        self, loss: Tensor, backward: Callable[[Tensor], Any] | None = None, last: bool | None = None
+    ) -> RollOut:
         """Update all variables from a task loss that your own loop computed; ``roll`` is this after the loss.
 
         Args:
-            loss: Task loss with its graph; computed inside ``problem.observing()`` if the constraint is measured on
-                the batch.
+            loss: Task loss with its graph; computed by ``problem.evaluate(batch)``, or inside ``problem.observing()``
+                if the constraint is measured on the batch.
+            backward: Does the backward pass of what it is given, scaling included, in place of ``Tensor.backward``:
+                ``self.manual_backward`` of Lightning, ``accelerator.backward`` of Accelerate.
+            last: For a loop that counts the batches of an accumulation itself: whether this is the last one, so that
+                the update is made. ``backward`` then takes the average.
 
         Returns:
             As ``roll``.
+
+        Raises:
+            AceError: ``last`` is given to an optimizer that counts itself (``accumulate`` above 1).
         """
-        first, last = self._micro_step == 0, self._micro_step == self.accumulate - 1
+        if last is not None and self.accumulate > 1:
+            raise AceError(f"update: last={last} with accumulate={self.accumulate}: only one of the two may count")
+        first = self._micro_step == 0
+        last = self._micro_step == self.accumulate - 1 if last is None else last
+        # where it needs no batch, or a single one, the violation is known before the primal step
+        dual_first = self.cmp.form != "paper" and (self._known or (first and last))
         if first:
             self.zero_grad()
             self._before = None
@@ -470,21 +489,26 @@ class PrimalDual(ConstrainedOptimizer):
             self._start_multipliers(everywhere)
         dual = state.compute_dual_lagrangian()
         dual_lagrangian = cast("Tensor", dual.lagrangian)
-        if not self._dual_first:
-            (dual_lagrangian / self.accumulate).backward()
+        if not dual_first:
+            dual_lagrangian.backward()
         elif first:
             self._before = self.cmp.multiplier.detach().clone()
             dual_lagrangian.backward()
             self.dual_step()
         primal = state.compute_primal_lagrangian()
         lagrangian = cast("Tensor", primal.lagrangian) / self.accumulate
-        (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
-        self._micro_step = 0 if last else self._micro_step + 1
+        if backward is not None:
+            backward(lagrangian)
+        else:
+            (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
+        batches = self._micro_step + 1
+        self._micro_step = 0 if last else batches
         if last:
             self._average_gammas()
             if not self._clip():
                 return self._skip(state, everywhere, "gradient not finite")
-            if not self._dual_first:
+            if not dual_first:
+                cast("Tensor", self.cmp.multiplier.grad).div_(batches)
                 self.dual_step()
             self.primal_step()
             self.cmp.step += 1
@@ -520,12 +544,14 @@ class PrimalDual(ConstrainedOptimizer):
             for gamma, is_off in zip(self.cmp.gammas, self._off.tolist(), strict=True):
                 if is_off:  # its term is in the graph still where training is distributed
                     gamma.grad = None
-        for optimizer in self._primal:
-            if self.scaler is None:
+        for optimizer in reversed(self._primal):  # the weights last: a wrapper updates the scaler after them
+            if self._wrapper is not None and optimizer is self._primal[0]:
+                self._wrapper.step()
+            elif self.scaler is None:
                 optimizer.step()
             elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self.scaler.step(optimizer)
-        if self.scaler is not None:
+        if self.scaler is not None and self._wrapper is None:
             self.scaler.update()
         if self.cmp.form == "proximal":
             self._finish_constraints()
@@ -541,8 +567,8 @@ class PrimalDual(ConstrainedOptimizer):
 
     @property
     def _keep_in_graph(self) -> bool:
-        # it expects a gradient of every parameter that had one when the model was wrapped
-        return isinstance(self.cmp.model, DistributedDataParallel)
+        # it expects a gradient of every parameter that had one when the model was wrapped; Lightning wraps out of sight
+        return world_size() > 1 or isinstance(self.cmp.model, DistributedDataParallel)
 
     @property
     def _plain(self) -> nn.Module:

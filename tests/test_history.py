@@ -413,3 +413,24 @@ def test_recording_a_step_is_cheap(tmp_path):
             history.append(given, epoch=1)
         best = min(best, (time.process_time() - start) / steps)
     assert best < 100e-6  # 30 µs on a quiet machine; a data frame built at each step costs ten times the bound
+
+
+def test_a_sink_gets_what_is_recorded():
+    sent = []
+    history = History(every=2, sink=lambda step, values: sent.append((step, values)))
+    for step in range(1, 5):
+        misc = {
+            "step": step,
+            "task_loss": torch.tensor(0.5),
+            "layers": ("", "a,b"),
+            "constraints": ("O3",),
+            "gamma": torch.tensor([1.0, 0.25]),
+            "multiplier": torch.tensor([float(step)]),
+        }
+        history.append(SimpleNamespace(cmp_state=SimpleNamespace(misc=misc)))
+    history.log(4, layer="a,b", error=2)
+    assert [step for step, _ in sent] == [1, 2, 4, 4]
+    assert sent[2][1] == {"loss": 0.5, "gamma": 1.0, "gamma/a,b": 0.25, "multiplier/O3": 4.0}
+    assert sent[3][1] == {"error/a,b": 2.0}
+    frame = history.frame()
+    assert frame["value"].tolist() == [value for _, values in sent for value in values.values()]
