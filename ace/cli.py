@@ -107,7 +107,7 @@ def tasks() -> None:
 
     [bold]Example:[/bold]  ace tasks
     """
-    registry, config = _benchmarks("tasks"), _benchmarks("config")
+    registry, config, models = _benchmarks("tasks"), _benchmarks("config"), _benchmarks("models")
     table = Table("task", "models", "data", box=None, pad_edge=False)
     explanations = []
     for name, entry in registry.TASKS.items():
@@ -117,6 +117,8 @@ def tasks() -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     print(f"\nmethods: {', '.join(config.CHOICES['method'])}")
+    if absent := [f"{name} ({entry.package})" for name, entry in models.MODELS.items() if not entry.installed]:
+        print(f"models whose package is not installed here: {', '.join(absent)}")
     for explanation in explanations:
         print(explanation)
 

@@ -32,6 +32,7 @@ import ace
 from ace import checkpoint
 from ace.distributed import rank, world_size
 from ace.errors import AceError, ConfigError, DataError, NonFiniteLoss, NotWritten
+from ace.groups import SO3
 from ace.history import replace_file
 from ace.probing import evaluating
 from ace.symmetry import Watch
@@ -145,12 +146,15 @@ def shipped_model(folder: Path) -> tuple[nn.Module, Task]:
 
 
 def build_task(config: RunConfig) -> Task:
-    """Make the task of a run, its data generated or loaded.
+    """Make the task of a run, its data generated or loaded; its group is no larger than that of the model.
 
     Raises:
         DataError: The data are missing or damaged.
     """
-    return TASKS[config.task.name].factory(**config.task.model_dump(exclude={"name"}))
+    task = TASKS[config.task.name].factory(**config.task.model_dump(exclude={"name"}))
+    if MODELS[config.model.name].proper:
+        task.group = SO3()
+    return task
 
 
 def build_model(config: RunConfig, task: Task) -> nn.Module:

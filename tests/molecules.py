@@ -16,6 +16,8 @@ SMALL = {
     "schnet-forces": {"hidden_channels": 8, "num_filters": 8, "num_interactions": 2, "num_gaussians": 10},
     "segnn-forces": {"features": 8, "layers": 2},
     "nequip": {"num_layers": 2, "num_features": 4},
+    "mace": {"num_features": 4, "max_ell": 1, "correlation": 2},
+    "equiformer": {"features": 8, "layers": 1, "radial": 8},
 }
 """Options that make the models of the tasks on molecules small."""
 LEARNING = {

@@ -16,6 +16,7 @@ from runs import METHODS, ROOT, TINY, cache, command, tiny  # noqa: F401
 
 from ace.cli import main
 from benchmarks.locks import is_locked, locked
+from benchmarks.models import MODELS
 
 pytestmark = pytest.mark.usefixtures("cache")
 COMMANDS = ("tasks", "run", "suite", "status", "table", "plot", "ranks", "data", "certify", "diagnose")
@@ -155,6 +156,8 @@ def test_tasks_lists_tasks_and_explains_missing_data(tmp_path, monkeypatch):
     assert re.search(r"nbody-iso +egnn, segnn +ready", done.stdout)
     assert re.search(r"mocap-run +egno, egnn +missing", done.stdout)
     assert "ace data mocap" in done.stdout
+    for name, entry in MODELS.items():
+        assert (f"{name} ({entry.package})" in done.stdout) == (not entry.installed)
 
 
 def test_run_trains_shows_and_does_not_train_again(tmp_path):

@@ -13,10 +13,13 @@ from benchmarks import plugins
 from benchmarks.models.cnn import CNN
 from benchmarks.models.egnn import EGNN
 from benchmarks.models.egno import EGNO
+from benchmarks.models.equiformer import EquiformerForces
 from benchmarks.models.forcefield import SchNetForces, SEGNNForces
+from benchmarks.models.mace import MACE
 from benchmarks.models.molecular import MolecularSEGNN
 from benchmarks.models.nequip import NequIP
 from benchmarks.models.schnet import SchNet
+from benchmarks.models.se3_transformer import SE3Classifier
 from benchmarks.models.segnn import SEGNN
 from benchmarks.models.steerable import SteerableClassifier, SteerableFlow
 from benchmarks.models.vector import VectorNet
@@ -37,6 +40,7 @@ class ModelEntry:
         read_positions: Layer -> the entries of what it is called with that translations move.
         tasks: Tasks it runs on beside those that name it.
         package: The package that the model comes from, if it is none of those that the suite needs anyway.
+        proper: Whether it is equivariant to rotations only, also where the data have the symmetry of reflections.
     """
 
     build: Callable[..., nn.Module]
@@ -46,6 +50,7 @@ class ModelEntry:
     read_positions: Callable[[Any], slice] = lambda layer: slice(0)
     tasks: tuple[str, ...] = ()
     package: str | None = None
+    proper: bool = False
 
     @property
     def installed(self) -> bool:
@@ -101,12 +106,22 @@ MODELS = {
     "schnet": _schnet(SchNet),
     "schnet-forces": _schnet(SchNetForces),
     "nequip": ModelEntry(build=NequIP, layers=("Linear", "FullyConnectedTensorProduct"), package="nequip"),
+    "mace": ModelEntry(build=MACE, layers=("Linear", "FullyConnectedTensorProduct"), package="mace"),
+    "equiformer": ModelEntry(
+        build=EquiformerForces, layers=("L2DistAttention", "FeedForward"), package="equiformer_pytorch", proper=True
+    ),
     "egno": _egnn(EGNO),
     "c8cnn": ModelEntry(build=SteerableClassifier, layers=("R2Conv",), package="escnn"),
     "c4cnn": ModelEntry(build=SteerableFlow, layers=("R2Conv",), package="escnn"),
     "cnn": ModelEntry(build=CNN, layers=()),  # not equivariant: a reference for the strict method
     "vn-pointnet": _vectors(VNPointNet, "VNBlock"),
     "vn-dgcnn": _vectors(VNDGCNN, "VNBlock"),
+    "se3-transformer": ModelEntry(
+        build=SE3Classifier,
+        layers=("AttentionBlockSE3", "FeedForwardBlockSE3"),
+        package="se3_transformer_pytorch",
+        proper=True,
+    ),
     "vector": _vectors(VectorNet, "VectorLayer"),
 }
 MODELS |= plugins.load("models", MODELS)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,42 +57,10 @@ def _nbody(build: Callable[..., nn.Module]) -> Subject:
 
 def mace() -> Subject:
     """MACE with 64 channels up to l = 1 on 4 molecules of ethanol, energies and forces."""
+    from benchmarks.models.mace import mace_model
+
     batch = {"data": mace_batch(["CH3CH2OH"] * 4, cutoff=5.0), "training": True}
-    return Subject(mace_model(), batch, _energy_and_forces("energy"), "4 molecules of 9 atoms")
-
-
-def mace_model(**options: Any) -> nn.Module:
-    """ScaleShiftMACE for hydrogen, carbon and oxygen; ``options`` replace its settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # e3nn 0.4.4 scripts functions when it is imported
-        from mace import modules
-    from e3nn import o3  # after mace, which lets e3nn 0.4.4 load its constants
-
-    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
-    settings = {
-        "r_max": 5.0,
-        "num_bessel": 8,
-        "num_polynomial_cutoff": 5,
-        "max_ell": 3,
-        "interaction_cls_first": block,
-        "interaction_cls": block,
-        "num_interactions": 2,
-        "num_elements": len(ELEMENTS),
-        "hidden_irreps": o3.Irreps("64x0e+64x1o"),
-        "MLP_irreps": o3.Irreps("16x0e"),
-        "gate": torch.nn.functional.silu,
-        "atomic_energies": np.zeros(len(ELEMENTS)),
-        "atomic_numbers": list(ELEMENTS.values()),
-        "avg_num_neighbors": 8.0,
-        "correlation": 3,
-        "radial_type": "bessel",
-        "atomic_inter_scale": 1.0,
-        "atomic_inter_shift": 0.0,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = modules.ScaleShiftMACE(**{**settings, **options})
-    return model
+    return Subject(mace_model(list(ELEMENTS.values())), batch, _energy_and_forces("energy"), "4 molecules of 9 atoms")
 
 
 def mace_batch(names: list[str], cutoff: float) -> dict[str, Tensor]:

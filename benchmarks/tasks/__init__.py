@@ -60,7 +60,7 @@ TASKS = {
     **{
         f"modelnet{classes}": TaskEntry(
             partial(ModelNet, classes),
-            ("vn-pointnet", "vn-dgcnn"),
+            ("vn-pointnet", "vn-dgcnn", "se3-transformer"),
             partial(_file_available, shapes.FILES[classes], shapes.HOW[classes]),
         )
         for classes in shapes.FILES
@@ -68,7 +68,7 @@ TASKS = {
     "rotmnist": TaskEntry(rotmnist.Digits, ("c8cnn",), partial(_file_available, rotmnist.FILE, rotmnist.HOW)),
     "smoke2d": TaskEntry(smoke.Smoke, ("c4cnn", "cnn"), partial(_file_available, smoke.FILE, smoke.HOW)),
     "qm9": TaskEntry(QM9, ("schnet", "segnn-molecular"), qm9_available),
-    "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip"), md_available),
+    "md": TaskEntry(MolecularDynamics, ("schnet-forces", "segnn-forces", "nequip", "mace", "equiformer"), md_available),
 }
 TASKS |= plugins.load("tasks", TASKS)
 """Name -> `TaskEntry`."""

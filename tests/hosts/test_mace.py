@@ -16,13 +16,15 @@ from mace import modules
 
 import ace
 from ace.testing import HostTests
-from benchmarks.speed.models import mace_batch, mace_model
+from benchmarks.models.mace import mace_model
+from benchmarks.speed.models import ELEMENTS, mace_batch
 
 CUTOFF = 3.0
 
 
 def scale_shift_mace():
     return mace_model(
+        list(ELEMENTS.values()),
         r_max=CUTOFF,
         num_bessel=6,
         max_ell=2,
