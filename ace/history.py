@@ -125,7 +125,7 @@ class History:
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
         layers, constraints = misc["layers"], misc.get("constraints", misc["layers"])
-        rows = [(("",), "loss", [float(misc["task_loss"])])]
+        rows: list[tuple[tuple[str, ...], str, list[float]]] = [(("",), "loss", [float(misc["task_loss"])])]
         rows += [
             (layers if quantity == "gamma" else constraints, quantity, misc[quantity].tolist())
             for quantity in _PER_LAYER
