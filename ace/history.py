@@ -21,6 +21,8 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 _BUFFER = 1 << 18  # characters kept back before they are written: opening a file costs as much as a few steps
 _PER_LAYER = ("gamma", "violation", "multiplier")
 
+_Rows = list[tuple[tuple[str, ...], str, list[float]]]  # (layers, quantity, a value for each layer)
+
 
 class History:
     """Rows (step, epoch, layer, quantity, value), one for each number recorded.
@@ -125,7 +127,7 @@ class History:
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
         layers, constraints = misc["layers"], misc.get("constraints", misc["layers"])
-        rows: list[tuple[tuple[str, ...], str, list[float]]] = [(("",), "loss", [float(misc["task_loss"])])]
+        rows: _Rows = [(("",), "loss", [float(misc["task_loss"])])]
         rows += [
             (layers if quantity == "gamma" else constraints, quantity, misc[quantity].tolist())
             for quantity in _PER_LAYER
@@ -159,7 +161,7 @@ class History:
             ['layers.0']
         """
         try:
-            rows = [((layer,), name, [float(value)]) for name, value in quantities.items()]
+            rows: _Rows = [((layer,), name, [float(value)]) for name, value in quantities.items()]
         except (TypeError, ValueError, RuntimeError) as error:
             raise AceError(f"step {step}: not a number among {quantities}: {error}") from error
         self._record(operator.index(step), None if epoch is None else operator.index(epoch), rows)
@@ -267,7 +269,7 @@ class History:
 
         plot_trajectories(self.frame(), path)
 
-    def _record(self, step: int, epoch: int | None, rows: list[tuple[tuple[str, ...], str, list[float]]]) -> None:
+    def _record(self, step: int, epoch: int | None, rows: _Rows) -> None:
         """Record a quantity of so many layers in each of the rows: (layers, quantity, values)."""
         if not rows:
             return
