@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,9 @@ class Ray:
             raise AceError("a suite on a cluster needs Ray: pip install -e '.[ray]'") from None
         handler = signal.getsignal(signal.SIGTERM)
         try:
+            host, _, port = address.rpartition(":")
+            if port.isdigit():  # Ray itself would wait for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (OSError, ValueError, RuntimeError) as error:
             raise AceError(f"no Ray cluster answers at {address}: {_last_line(error)}") from error

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from runs import METRICS, ROOT, cache, command, tiny  # noqa: F401
 
 from ace import results, tables
+from ace.errors import AceError
 from benchmarks import executors
 from benchmarks.suite import run_suite
 from benchmarks.train import run
@@ -63,9 +65,9 @@ METHODS = {"recorded": Recorded}
 '''
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A head without CPUs; the tests add nodes."""
+@pytest.fixture(scope="module", autouse=True)
+def variables(tmp_path_factory):
+    """A token of our own, so that nobody else can give this cluster work; Ray reads these when it is imported."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.write_text(secrets.token_hex(32))
     with pytest.MonkeyPatch.context() as patch:
@@ -73,18 +75,32 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        from ray.cluster_utils import Cluster
+        yield
 
-        sizes = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
-        started = Cluster(initialize_head=True, head_node_args={**sizes, "object_store_memory": 100 << 20})
-        try:
-            yield started
-        finally:
-            started.shutdown()
+
+@pytest.fixture(scope="module")
+def cluster(variables):
+    """A head without CPUs; the tests add nodes."""
+    from ray.cluster_utils import Cluster
+
+    sizes = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args={**sizes, "object_store_memory": 100 << 20})
+    try:
+        yield started
+    finally:
+        started.shutdown()
 
 
 def add_node(cluster, **sizes):
     return cluster.add_node(num_cpus=1, object_store_memory=100 << 20, **sizes)
+
+
+def test_an_address_where_nothing_answers_is_named():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(AceError, match=f"no Ray cluster answers at {address}"):
+        executors.Ray(address)
 
 
 def test_the_files_of_a_run_come_back_from_a_node_that_does_not_share_the_folder(cluster, tmp_path, monkeypatch):
