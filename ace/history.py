@@ -7,7 +7,7 @@ import io
 import operator
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, SupportsFloat, SupportsIndex
 
@@ -125,7 +125,7 @@ class History:
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
         layers, constraints = misc["layers"], misc.get("constraints", misc["layers"])
-        rows = [(("",), "loss", [float(misc["task_loss"])])]
+        rows: list[tuple[tuple[str, ...], str, list[float]]] = [(("",), "loss", [float(misc["task_loss"])])]
         rows += [
             (layers if quantity == "gamma" else constraints, quantity, misc[quantity].tolist())
             for quantity in _PER_LAYER
@@ -267,7 +267,7 @@ class History:
 
         plot_trajectories(self.frame(), path)
 
-    def _record(self, step: int, epoch: int | None, rows: list[tuple[tuple[str, ...], str, list[float]]]) -> None:
+    def _record(self, step: int, epoch: int | None, rows: Sequence[tuple[tuple[str, ...], str, list[float]]]) -> None:
         """Record a quantity of so many layers in each of the rows: (layers, quantity, values)."""
         if not rows:
             return
