@@ -597,7 +597,7 @@ def _flatten(output: Any) -> Tensor:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value + 0.0:.3g}"  # no -0
 
 
 def _status(relaxation: Relaxation) -> str:

@@ -14,6 +14,9 @@ import torch
 from accelerate.state import AcceleratorState
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader, DistributedSampler
+from toys import batches as toy_batches
+from toys import regression, relaxed_network
 
 import ace
 
@@ -36,10 +39,12 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summa
 EPOCHS = 4
 
 
-def rolled(epochs=EPOCHS, accumulate=1, batch_size=32, scaler=None, **cast):
+def rolled(epochs=EPOCHS, accumulate=1, batch_size=32, scaler=None, sampler=None, **cast):
     """What `roll` makes of the examples' model and data: the relaxed model and the history."""
     torch.manual_seed(0)
     batches, _ = lorentz.loaders(batch_size)
+    if sampler is not None:
+        batches = DataLoader(batches.dataset, batch_size, sampler=sampler)
     relaxed = ace.relax(lorentz.Force())
 
     def loss(model, batch):
@@ -182,21 +187,61 @@ def test_accelerate_updates_on_what_is_left_of_an_epoch(tmp_path):
     assert history.frame()["step"].max() == 3 * EPOCHS
 
 
+@pytest.mark.parametrize(
+    ("constraint", "form"),
+    [
+        (ace.Exact(), {}),
+        (ace.Bounded(0.05, measure="norm"), {}),
+        (ace.Exact(measure="relative"), {"form": "augmented"}),
+        (ace.Resilient(0.5), {"preset": "paper"}),
+    ],
+    ids=["exact", "bounded", "augmented", "paper"],
+)
+def test_a_loop_may_count_and_average_itself(constraint, form):
+    def posed(accumulate):
+        torch.manual_seed(0)
+        problem = ace.Problem(relaxed_network(), regression, constraint)
+        adam = torch.optim.Adam(problem.model.parameters(), 0.01)
+        return ace.PrimalDual(problem, adam, steps=20, accumulate=accumulate, **form)
+
+    counting, counted = posed(4), posed(1)
+    for count, batch in enumerate(toy_batches(80), start=1):
+        counting.roll(batch)
+        counted.update(counted.cmp.evaluate(batch), backward=lambda value: (value / 4).backward(), last=count % 4 == 0)
+    assert counting.step == counted.step == 20
+    assert counting.cmp.multiplier.abs().max() > 0
+    torch.testing.assert_close(counted.cmp.multiplier, counting.cmp.multiplier, rtol=0, atol=0)
+    torch.testing.assert_close(counted.cmp.model.state_dict(), counting.cmp.model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ace.errors.AceError, match="only one of the two"):
+        counting.update(counting.cmp.evaluate(batch), last=True)
+
+
 @pytest.mark.slow  # two processes each, which import everything again
 @pytest.mark.parametrize("framework", ["lightning", "accelerate"])
 def test_two_processes_are_one(framework, tmp_path, float64):
     script = tmp_path / "script.py"
     train = {
-        "lightning": f"from lightning_module import *\nmodel = train(folder, devices=2, **{QUIET})[0].model",
-        "accelerate": "from accelerate_loop import *\nmodel = ace.restore(train(folder, cpu=True)[0])",
+        # with a sampler of ours, or Lightning would take its own
+        "lightning": f"""
+import lightning_module
+from torch.utils.data import DataLoader, DistributedSampler
+batches, validation = lightning_module.loaders()
+sampler = DistributedSampler(batches.dataset, 2, int(os.environ.get('LOCAL_RANK', 0)))
+lightning_module.loaders = lambda: (DataLoader(batches.dataset, 32, sampler=sampler), validation)
+model = lightning_module.train(folder, {EPOCHS}, devices=2, use_distributed_sampler=False, **{QUIET})[0].model
+""",
+        "accelerate": f"""
+import ace, accelerate_loop
+model = ace.restore(accelerate_loop.train(folder, {EPOCHS}, cpu=True)[0])
+""",
     }[framework]
-    script.write_text(
-        "import os, pathlib, torch\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        f"{train}\n"
-        "torch.save(model.state_dict(), folder / f\"{os.environ.get('LOCAL_RANK', 0)}.pt\")\n"
-    )
+    script.write_text(f"""
+import os, pathlib, torch
+torch.set_default_dtype(torch.float64)
+folder = pathlib.Path({str(tmp_path)!r})
+{train}
+torch.save(model.state_dict(), folder / f"{{os.environ.get('LOCAL_RANK', 0)}}.pt")
+""")
     launcher = [] if framework == "lightning" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parents[1])])
     done = subprocess.run(
@@ -207,7 +252,8 @@ def test_two_processes_are_one(framework, tmp_path, float64):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    model, history = rolled(20, batch_size=64)
+    sampler = DistributedSampler(range(256), 1, 0) if framework == "lightning" else None
+    model, history = rolled(batch_size=64, sampler=sampler)
     recorded = ace.History.load(tmp_path / "history.csv")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
