@@ -568,13 +568,18 @@ class PrimalDual(ConstrainedOptimizer):
     @property
     def _keep_in_graph(self) -> bool:
         # it expects a gradient of every parameter that had one when the model was wrapped; Lightning wraps out of sight
-        return world_size() > 1 or isinstance(self.cmp.model, DistributedDataParallel)
+        sharded = any(hasattr(weight, "full_tensor") for weight in self._weights)
+        return self._wrapped or (world_size() > 1 and not sharded)
+
+    @property
+    def _wrapped(self) -> bool:
+        return isinstance(self.cmp.model, DistributedDataParallel)
 
     @property
     def _plain(self) -> nn.Module:
         # so that training can go on with another number of processes
         model = self.cmp.model
-        return cast("nn.Module", model.module) if isinstance(model, DistributedDataParallel) else model
+        return cast("nn.Module", model.module) if self._wrapped else model
 
     def _units(self) -> Tensor | float:
         return 1.0 if self.cmp.units is None else self.cmp.units
@@ -605,7 +610,7 @@ class PrimalDual(ConstrainedOptimizer):
     @torch.no_grad()
     def _average_gammas(self) -> None:
         """Average the gradients of γ over the processes, unless a wrapper of the model has done so."""
-        if world_size() == 1 or self._keep_in_graph:
+        if world_size() == 1 or self._wrapped:
             return
         held = [r.gamma for r in self.cmp.relaxations.values() if r.gamma.requires_grad and not r.retired]
         if held:
