@@ -48,8 +48,10 @@ def total_sizes(sizes: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, T
     """Sum what ``ace.relaxation.measuring`` measured: of a ratio, the ratio of the sums, not the mean of the ratios."""
     if world_size() == 1:
         return sizes
-    packed = total(torch.stack([torch.stack([n, e, n.new_tensor(float(c))]) for n, e, c in sizes]))
-    return [(n, e.detach(), int(c.detach())) for n, e, c in packed]
+    change, output, entries = zip(*sizes, strict=True)
+    counts = torch.tensor(entries).to(change[0])
+    summed = total(torch.stack((torch.stack(change), torch.stack(output), counts)))
+    return list(zip(summed[0], summed[1].detach(), summed[2].detach().long().tolist(), strict=True))
 
 
 def gather(columns: Tensor) -> Tensor:

@@ -541,9 +541,9 @@ class PrimalDual(ConstrainedOptimizer):
         """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
-            for gamma, is_off in zip(self.cmp.gammas, self._off.tolist(), strict=True):
+            for relaxation, is_off in zip(self.cmp.relaxations.values(), self._off.tolist(), strict=True):
                 if is_off:  # its term is in the graph still where training is distributed
-                    gamma.grad = None
+                    relaxation.zero_grad()
         for optimizer in reversed(self._primal):  # the weights last: a wrapper updates the scaler after them
             if self._wrapper is not None and optimizer is self._primal[0]:
                 self._wrapper.step()

@@ -23,8 +23,8 @@ def joined() -> Iterator[None]:
     if not torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+    if _device().type == "cuda":
+        torch.cuda.set_device(_device())
     torch.distributed.init_process_group()  # gloo, and NCCL where there are GPUs
     try:
         yield
@@ -91,13 +91,13 @@ def from_first(value: T) -> T:
 
 
 def move(model: nn.Module) -> nn.Module:
-    """Move a model to the GPU of this process, where there are several processes and GPUs; data stay where they are.
+    """Move a model to the GPU of this process, where torchrun started it and there is one for each; data stay.
 
     From then on it takes its inputs there, and brings its outputs back.
     """
     if not torch.distributed.is_initialized():
         return model
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
 
     def there(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         del module
@@ -110,6 +110,11 @@ def move(model: nn.Module) -> nn.Module:
     model.register_forward_pre_hook(there, with_kwargs=True)
     model.register_forward_hook(back)
     return model.to(device)
+
+
+def _device() -> torch.device:
+    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return torch.device("cuda", local_rank()) if enough else torch.device("cpu")
 
 
 def _to(device: torch.device, value: Any) -> Any:

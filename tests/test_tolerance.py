@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ace
@@ -188,7 +183,7 @@ def test_the_model_collapses_only_if_the_norm_is_held_fixed(detached, steps, mon
     """Were ‖f‖ not differentiated, a smaller f would pass for a more symmetric one. A short training does no harm."""
     squares = Watch.squares
 
-    def held_fixed(self, group, step):
+    def held_fixed(self, group, step, divided):
         differences, sizes = squares(self, group, step)
         return differences, sizes.detach()
 
@@ -290,97 +285,6 @@ def test_accumulated_gradients():
         optimizer.roll(batch)
     assert optimizer.step == 8
     assert problem.multiplier.item() > 0
-
-
-def agreeing(rank):
-    """Train on uneven shares, with random elements."""
-    torch.manual_seed(0)
-    task = Broken(**SIZES)
-    model = VectorNet(0, 0)
-    ace.relax(model, layers=VectorLayer, example=task.example())
-    wrapped = DistributedDataParallel(model)
-    groups = {"all": ace.O3(), "about x": ace.SO2((1.0, 0.0, 0.0))}
-    problem = ace.Problem(wrapped, task.loss, ace.EquivarianceError(groups, 0.05, **TYPES))
-    optimizer = ace.PrimalDual(problem, torch.optim.Adam(wrapped.parameters(), 3e-3), steps=30)
-    excess = []
-    for batch in task.batches("train", 30 + 7 * rank, shuffle_seed=rank):
-        if optimizer.step < 20:
-            optimizer.roll(batch)
-            excess.append(problem.excess)
-    return {"multiplier": problem.multiplier.detach(), "excess": torch.stack(excess), **model.state_dict()}
-
-
-class SameForAll(ace.groups.Group):
-    """A group of which the same element is always drawn, by however many processes."""
-
-    def sample(self, count, seed=0, *, nodes=None):
-        return ace.SO3().sample(1, 5) * count
-
-
-def as_one(quantile, rank=0, world=1):
-    """Train on graphs 0 to 2 as the first of two processes, on 3 to 9 as the second, on all as the only one."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    model = Field(0.0)
-    ace.relax(model, layers=nn.Linear, example={"pos": torch.randn(4, 3)}, inputs={"pos": "vector"})
-    wrapped = DistributedDataParallel(model) if world > 1 else model
-    mine = slice(0, 10) if world == 1 else slice(0, 3) if rank == 0 else slice(3, 10)
-
-    def loss(m, batch):
-        pos = batch[mine].flatten(0, 1)
-        graph = torch.arange(len(pos) // 4).repeat_interleave(4)
-        return world * (m(pos=pos, batch=graph) - pos - 0.3).square().sum() / 120
-
-    constraint = ace.EquivarianceError({"same": SameForAll()}, 0.1, quantile=quantile, **TYPES)
-    problem = ace.Problem(wrapped, loss, constraint)
-    optimizer = ace.PrimalDual(problem, torch.optim.SGD(wrapped.parameters(), 0.05), steps=100)
-    excess = []
-    for batch in torch.randn(40, 10, 4, 3, generator=torch.Generator().manual_seed(1)):
-        optimizer.roll(batch * torch.linspace(0.2, 2, 10)[:, None, None])  # no two graphs alike
-        excess.append(problem.excess)
-    return {"multiplier": problem.multiplier.detach(), "excess": torch.stack(excess), **model.state_dict()}
-
-
-def worker(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        found = {"agreeing": agreeing(rank), **{str(q): as_one(q, rank, 2) for q in QUANTILES}}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-QUANTILES = (None, 0.8)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_two_processes_agree(ranks):
-    zero, one = (found["agreeing"] for found in ranks)
-    assert zero.keys() == one.keys()
-    for key, value in zero.items():
-        assert torch.equal(value, one[key]), key
-    assert zero["multiplier"].min() > 0
-
-
-@pytest.mark.parametrize("quantile", QUANTILES)
-def test_two_processes_with_uneven_shares_are_one(ranks, quantile, float64):
-    alone = as_one(quantile)
-    zero, one = (found[str(quantile)] for found in ranks)
-    for key, value in alone.items():
-        torch.testing.assert_close(zero[key], one[key], rtol=0, atol=0)
-        torch.testing.assert_close(zero[key], value, rtol=1e-9, atol=1e-12)
-    assert alone["excess"].std() > 0.1
 
 
 @pytest.mark.parametrize(

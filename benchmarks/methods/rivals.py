@@ -200,14 +200,15 @@ class RemulGradNorm(Remul):
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         losses = self.losses(batch)
-        now = total(torch.stack(losses).detach()) / world_size()
-        if now.isfinite().all():
-            self.rebalance(losses, now)
+        self.rebalance(losses)
         alpha, beta = self.balance.tolist()
         return self.descend(losses[0], alpha * losses[0] + beta * losses[1])
 
-    def rebalance(self, losses: tuple[Tensor, Tensor], now: Tensor) -> None:
-        """Take one step on the weights, from the losses of this process and their values over all."""
+    def rebalance(self, losses: tuple[Tensor, Tensor]) -> None:
+        """Take one step on the weights."""
+        now = total(torch.stack(losses).detach()) / world_size()
+        if not now.isfinite().all():
+            return
         norms = []
         for loss in losses:
             gradients = torch.autograd.grad(loss, self.shared, retain_graph=True, allow_unused=True)
