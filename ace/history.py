@@ -7,18 +7,29 @@ import io
 import operator
 import os
 import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, SupportsFloat, SupportsIndex
+from typing import IO, Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from ace.errors import AceError, DataError, NotWritten
 
 COLUMNS = ("step", "epoch", "layer", "quantity", "value")
 
 _HEADER = (",".join(COLUMNS) + "\n").encode()
-_BUFFER = 1 << 18  # characters kept back before they are written: opening a file costs as much as a few steps
+_BUFFER = 1 << 13  # rows kept back before they are written: opening a file costs as much as a few steps
 _PER_LAYER = ("gamma", "violation", "multiplier")
+
+
+class _Step(NamedTuple):
+    """What one item recorded: text, or the tensors that become text when somebody asks for it."""
+
+    step: int
+    rows: int
+    write: Callable[[], str]
 
 
 class History:
@@ -52,8 +63,8 @@ class History:
             raise AceError(f"every = {every}: a history keeps every n-th step, with n at least 1")
         self.path = None if path is None else Path(path).absolute()
         self.every = every
-        self._pending: list[str] = []  # complete lines, those of one item with the same step
-        self._characters = 0
+        self._pending: list[_Step] = []
+        self._rows = 0
         if self.path is not None:
             _check_header(self.path)
             weakref.finalize(self, _append, self.path, self._pending)
@@ -115,15 +126,14 @@ class History:
         step = misc["step"]
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
-        start = f"{step},{'' if epoch is None else epoch},"
-        lines = [f"{start},loss,{float(misc['task_loss'])!r}\n"]
-        layers, constraints = _fields(misc["layers"]), _fields(misc.get("constraints", misc["layers"]))
-        for quantity in _PER_LAYER:
-            if quantity in misc:
-                values = misc[quantity].tolist()
-                names = layers if quantity == "gamma" else constraints
-                lines += [f"{start}{name},{quantity},{value!r}\n" for name, value in zip(names, values, strict=True)]
-        self._record("".join(lines))
+        names = misc["layers"], misc.get("constraints", misc["layers"])
+        for name in names:
+            _fields(name)  # raises where it cannot be written
+        columns = {quantity: misc[quantity].detach() for quantity in _PER_LAYER if quantity in misc}
+        loss = torch.as_tensor(misc["task_loss"]).detach()
+        # a number becomes text when the buffer is written: a step does not wait for it, nor for the GPU
+        write = functools.partial(_lines, step, epoch, loss, columns, *names)
+        self._record(_Step(step, 1 + sum(map(len, columns.values())), write))
 
     def log(
         self,
@@ -157,7 +167,8 @@ class History:
             values = [float(value) for value in quantities.values()]
         except (TypeError, ValueError, RuntimeError) as error:
             raise AceError(f"step {step}: not a number among {quantities}: {error}") from error
-        self._record("".join(f"{start},{layer},{name},{value!r}\n" for name, value in zip(names, values, strict=True)))
+        lines = "".join(f"{start},{layer},{name},{value!r}\n" for name, value in zip(names, values, strict=True))
+        self._record(_Step(int(step), len(names), lambda: lines))
 
     def frame(self) -> pd.DataFrame:
         """All rows in the order they were recorded, those still in the buffer included.
@@ -178,7 +189,7 @@ class History:
             np.float64(1.0)
         """
         rows = b"" if self.path is None else _complete_rows(self.path)
-        text = io.BytesIO(_HEADER + rows + "".join(self._pending).encode())
+        text = io.BytesIO(_HEADER + rows + _text(self._pending).encode())
         try:
             frame = pd.read_csv(
                 text,
@@ -209,7 +220,7 @@ class History:
         """
         if self.path is not None:
             _append(self.path, self._pending)
-            self._characters = 0
+            self._rows = 0
 
     def truncate(self, step: int) -> None:
         """Drop the rows of later steps, as when training goes back to the checkpoint of a step.
@@ -239,8 +250,8 @@ class History:
                 raise DataError(f"{self.path}: a line does not start with a step ({error})") from error
             if len(kept) < len(rows):
                 replace_file(self.path, _HEADER + b"".join(kept))
-        self._pending[:] = [lines for lines in self._pending if int(lines[: lines.index(",")]) <= step]
-        self._characters = sum(map(len, self._pending))
+        self._pending[:] = [item for item in self._pending if item.step <= step]
+        self._rows = sum(item.rows for item in self._pending)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Save a figure of everything recorded: learning curves, γ, violations, multipliers, errors.
@@ -262,13 +273,34 @@ class History:
 
         plot_trajectories(self.frame(), path)
 
-    def _record(self, lines: str) -> None:
-        if not lines:
+    def _record(self, item: _Step) -> None:
+        if not item.rows:
             return
-        self._pending.append(lines)
-        self._characters += len(lines)
-        if self._characters >= _BUFFER:
+        self._pending.append(item)
+        self._rows += item.rows
+        if self._rows >= _BUFFER:
             self.flush()
+
+
+def _lines(
+    step: int,
+    epoch: int | None,
+    loss: Tensor,
+    columns: Mapping[str, Tensor],
+    layers: tuple[str, ...],
+    constraints: tuple[str, ...],
+) -> str:
+    """One step as text."""
+    start = f"{step},{'' if epoch is None else epoch},"
+    lines = [f"{start},loss,{loss.item()!r}\n"]
+    for quantity, values in columns.items():
+        names = _fields(layers if quantity == "gamma" else constraints)
+        lines += [f"{start}{n},{quantity},{value!r}\n" for n, value in zip(names, values.tolist(), strict=True)]
+    return "".join(lines)
+
+
+def _text(pending: Iterable[_Step]) -> str:
+    return "".join(item.write() for item in pending)
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model are the same at every step
@@ -318,11 +350,11 @@ def _last_line_end(file: IO[bytes]) -> int:
     return 0
 
 
-def _append(path: Path, pending: list[str]) -> None:
+def _append(path: Path, pending: list[_Step]) -> None:
     """Write all pending lines at the end of the file and forget them, or change nothing."""
     if not pending:
         return
-    data = "".join(pending).encode()
+    data = _text(pending).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:

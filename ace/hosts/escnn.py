@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ace.calls import register_container
 from ace.inputs import register_motion
-from ace.terms import Make, Port, Site, Write, register_term
+from ace.terms import Make, Port, Site, Write, linear, linear_or_low_rank, low_rank, register_term
 
 
 def parts(value: enn.GeometricTensor) -> dict[str, Any]:
@@ -38,6 +38,19 @@ register_container(enn.GeometricTensor, parts, rebuilt)
 register_motion(enn.GeometricTensor, moved)
 
 
+WIDE = 2**14
+"""Weights of a full convolution above which a linear term has low rank, unless the user says otherwise: every weight
+acts once for each pixel, so that a full one costs what the steerable convolution beside it costs."""
+RANK = 8
+"""Rank of the linear terms beside such convolutions: that many channels between two convolutions."""
+
+
+def convolution_or_low_rank(features_in: int, features_out: int) -> nn.Module:
+    """Return a dense map of patches, of rank ``RANK`` if a full one had more than ``WIDE`` weights."""
+    wide = features_in * features_out > WIDE
+    return (low_rank(RANK) if wide else linear)(features_in, features_out)
+
+
 class ConvolutionTerm(nn.Module):
     r"""A map of the patches that a steerable convolution sees: for a linear map, an ordinary convolution.
 
@@ -59,15 +72,21 @@ class ConvolutionTerm(nn.Module):
         self.padding = [side for size in reversed(_each(layer.padding, layer.d)) for side in (size, size)]
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.feature_axes = {("tensor",): (1,)}
+        make = convolution_or_low_rank if make is linear_or_low_rank else make
         self.map = make(layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size)
 
     def forward(self, input: enn.GeometricTensor) -> dict[str, Tensor]:  # noqa: A002 (the name the layers use)
         """Return what is added to the features, shape (batch, channels out, pixels)."""
         x = nn.functional.pad(input.tensor, self.padding, self.padding_mode)
-        if type(self.map) is nn.Linear:  # the same without copying every pixel into each patch it is in
+        layers = list(self.map) if type(self.map) is nn.Sequential else [self.map]
+        if all(type(layer) is nn.Linear for layer in layers):  # without copying every pixel into each patch it is in
             convolve = nn.functional.conv2d if len(self.axes) == 2 else nn.functional.conv3d
-            kernel = self.map.weight.unflatten(1, (-1, *[self.kernel_size] * len(self.axes)))
-            return {"tensor": convolve(x, kernel, self.map.bias, self.stride, dilation=self.dilation)}
+            first, *others = cast("list[nn.Linear]", layers)
+            kernel = first.weight.unflatten(1, (-1, *[self.kernel_size] * len(self.axes)))
+            x = convolve(x, kernel, first.bias, self.stride, dilation=self.dilation)
+            for layer in others:
+                x = convolve(x, layer.weight[(...,) + (None,) * len(self.axes)], layer.bias)
+            return {"tensor": x}
         for axis, stride, dilation in zip(self.axes, self.stride, self.dilation, strict=True):
             x = x.unfold(axis, dilation * (self.kernel_size - 1) + 1, stride)[..., ::dilation]
         patches = x.movedim(1, self.axes[-1]).flatten(-self.axes[-1])
