@@ -181,7 +181,7 @@ class Problem(ConstrainedMinimizationProblem):
             return self._compute_errors(self._watch)
         assert isinstance(self.constraint, LayerConstraint)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.form != "proximal"):  # λ has its own step there
-            gamma = torch.cat(self.gammas)
+            gamma = torch.cat(tuple(self.gammas))
         value = gamma
         strict = None
         if self.constraint.measure == "spectral":
@@ -524,12 +524,13 @@ class PrimalDual(ConstrainedOptimizer):
             left = max(math.floor((1 - self.polish) * self.steps) - self.step, 1)
             rate = self._proximal.scale / (left * self._units() ** 2)
             # what its optimizer would do: gradient ascent, nothing else
-            weight.add_(cast("Tensor", weight.grad) * rate, alpha=self.dual_optimizers[0].param_groups[0]["lr"]).relu_()
+            (dual,) = cast("list[torch.optim.Optimizer]", self.dual_optimizers)
+            weight.add_(cast("Tensor", weight.grad) * rate, alpha=dual.param_groups[0]["lr"]).relu_()
         else:
             super().dual_step()
         if isinstance(constraint, Bounded):
             # no wind-up: a multiplier that holds γ at 0, well inside of its bound, is too large
-            weight.masked_fill_(torch.cat(self.cmp.gammas) == 0, 0.0)
+            weight.masked_fill_(torch.cat(tuple(self.cmp.gammas)) == 0, 0.0)
 
     @torch.no_grad()
     def primal_step(self) -> None:
@@ -635,7 +636,7 @@ class PrimalDual(ConstrainedOptimizer):
             "step": self.step,
             "layers": self._layers,
             "constraints": self.cmp.names,
-            "gamma": torch.cat(self.cmp.gammas).cpu(),
+            "gamma": torch.cat(tuple(self.cmp.gammas)).cpu(),
             "violation": (observed.violation if strict is None else strict).detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
             "skipped": skipped,

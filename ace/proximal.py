@@ -122,7 +122,7 @@ class ProximalGradient(torch.optim.Optimizer):
             self.multiplier.mul_(scale / before)
         rate = group["lr"] / scale
         limit = self.clip * scale
-        moved = torch.cat(gammas) - rate * gradient.clamp(-limit, limit)
+        moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-limit, limit)
         threshold = rate * self.multiplier
         if isinstance(self.units, Tensor):
             threshold = threshold * self.units
@@ -147,4 +147,4 @@ class ProximalGradient(torch.optim.Optimizer):
             self._pieces = list(self._row.split(1))
         else:
             self._row.copy_(values)
-        torch._foreach_copy_(self._gammas, self._pieces)
+        torch._foreach_copy_(list(self._gammas), self._pieces)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from escnn import nn as enn
 from torch import Tensor, nn
 
 from ace.calls import register_container
 from ace.inputs import register_motion
-from ace.terms import Make, Port, Site, Write, linear, linear_or_low_rank, low_rank, register_term
+from ace.terms import START, Make, Port, Site, Write, linear_or_low_rank, register_term
 
 
 def parts(value: enn.GeometricTensor) -> dict[str, Any]:
@@ -39,16 +40,32 @@ register_motion(enn.GeometricTensor, moved)
 
 
 WIDE = 2**14
-"""Weights of a full convolution above which a linear term has low rank, unless the user says otherwise: every weight
-acts once for each pixel, so that a full one costs what the steerable convolution beside it costs."""
-RANK = 8
-"""Rank of the linear terms beside such convolutions: that many channels between two convolutions."""
+"""Weights of a full convolution above which a linear term has a bottleneck, unless the user says otherwise: every
+weight acts once for each pixel, so that a full one costs what the steerable convolution beside it costs."""
+CHANNELS = 16
+"""Channels of the bottleneck."""
 
 
-def convolution_or_low_rank(features_in: int, features_out: int) -> nn.Module:
-    """Return a dense map of patches, of rank ``RANK`` if a full one had more than ``WIDE`` weights."""
-    wide = features_in * features_out > WIDE
-    return (low_rank(RANK) if wide else linear)(features_in, features_out)
+class Bottleneck(nn.Sequential):
+    """A linear map of patches in three convolutions: of 1 pixel down to few channels, of the kernel, of 1 pixel up."""
+
+    def __init__(self, layer: enn.R2Conv | enn.R3Conv) -> None:
+        convolution = nn.Conv2d if layer.d == 2 else nn.Conv3d
+        options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        super().__init__(
+            convolution(layer.in_type.size, CHANNELS, 1, bias=False),
+            convolution(CHANNELS, CHANNELS, layer.kernel_size, bias=False, **options),
+            convolution(CHANNELS, layer.out_type.size, 1),
+        )
+        with torch.no_grad():
+            for parameter in self[2].parameters():
+                parameter.mul_(START)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The map of one patch, shape (channels out, channels in · pixels of the kernel)."""
+        down, kernel, up = (cast("Tensor", layer.weight).flatten(2) for layer in self)
+        return torch.einsum("ob,bap,ac->ocp", up[..., 0], kernel, down[..., 0]).flatten(1)
 
 
 class ConvolutionTerm(nn.Module):
@@ -57,7 +74,8 @@ class ConvolutionTerm(nn.Module):
     .. math:: f_\mathrm{neq}(x)_p = \mathrm{map}(x_{p + \Delta},\ \Delta \in \mathrm{kernel})
 
     Kernel size, stride, padding and dilation are the layer's; all channels of the patch are read and all channels
-    of the pixel written, whatever the fields and ``groups`` of the layer.
+    of the pixel written, whatever the fields and ``groups`` of the layer. Where a full convolution had more than 2¹⁴
+    weights, the default map is a ``Bottleneck``.
 
     Args:
         layer: The convolution.
@@ -72,21 +90,19 @@ class ConvolutionTerm(nn.Module):
         self.padding = [side for size in reversed(_each(layer.padding, layer.d)) for side in (size, size)]
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.feature_axes = {("tensor",): (1,)}
-        make = convolution_or_low_rank if make is linear_or_low_rank else make
-        self.map = make(layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size)
+        sizes = layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size
+        wide = make is linear_or_low_rank and sizes[0] * sizes[1] > WIDE
+        self.map = Bottleneck(layer) if wide else make(*sizes)
 
     def forward(self, input: enn.GeometricTensor) -> dict[str, Tensor]:  # noqa: A002 (the name the layers use)
         """Return what is added to the features, shape (batch, channels out, pixels)."""
+        if isinstance(self.map, Bottleneck):
+            return {"tensor": self.map(input.tensor)}
         x = nn.functional.pad(input.tensor, self.padding, self.padding_mode)
-        layers = list(self.map) if type(self.map) is nn.Sequential else [self.map]
-        if all(type(layer) is nn.Linear for layer in layers):  # without copying every pixel into each patch it is in
+        if type(self.map) is nn.Linear:  # the same without copying every pixel into each patch it is in
             convolve = nn.functional.conv2d if len(self.axes) == 2 else nn.functional.conv3d
-            first, *others = cast("list[nn.Linear]", layers)
-            kernel = first.weight.unflatten(1, (-1, *[self.kernel_size] * len(self.axes)))
-            x = convolve(x, kernel, first.bias, self.stride, dilation=self.dilation)
-            for layer in others:
-                x = convolve(x, layer.weight[(...,) + (None,) * len(self.axes)], layer.bias)
-            return {"tensor": x}
+            kernel = self.map.weight.unflatten(1, (-1, *[self.kernel_size] * len(self.axes)))
+            return {"tensor": convolve(x, kernel, self.map.bias, self.stride, dilation=self.dilation)}
         for axis, stride, dilation in zip(self.axes, self.stride, self.dilation, strict=True):
             x = x.unfold(axis, dilation * (self.kernel_size - 1) + 1, stride)[..., ::dilation]
         patches = x.movedim(1, self.axes[-1]).flatten(-self.axes[-1])

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.speed machinery``: what a step costs beside the forward pass, the backward pass and the weights.
+"""``python -m benchmarks.speed machinery``: what a step costs beside forward pass, backward pass and weights.
 
 The loss reads every γ and one weight, and no layer runs: the machinery does not depend on what the layers compute,
 and a forward pass through a thousand of them would bury it. From the time of a step is taken, within each round, the
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cooper
-from cooper.optim import RollOut
 import pandas as pd
 import torch
+from cooper.optim import RollOut
 from torch import Tensor, nn
 
 import ace

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 ELEMENTS = {"H": 1, "C": 6, "O": 8}
 """Atomic numbers of the elements in the molecules."""
@@ -53,7 +54,10 @@ def egno() -> Subject:
     batch = nbody_batch()
     model = EGNO(node_features=batch.inputs["h"].shape[1], edge_features=batch.inputs["edge_attr"].shape[1])
     return Subject(
-        model, batch.inputs, lambda output: (output[:, -1] - batch.target).square().mean(), "100 systems of 5 particles"
+        model,
+        batch.inputs,
+        lambda output: mse_loss(output[:, -1], batch.target.to(output.device)),
+        "100 systems of 5 particles",
     )
 
 
@@ -68,7 +72,10 @@ def _nbody(build: Callable[..., nn.Module]) -> Subject:
     batch = nbody_batch()
     model = build(node_features=batch.inputs["h"].shape[1], edge_features=batch.inputs["edge_attr"].shape[1])
     return Subject(
-        model, batch.inputs, lambda output: (output - batch.target).square().mean(), "100 systems of 5 particles"
+        model,
+        batch.inputs,
+        lambda output: mse_loss(output, batch.target.to(output.device)),
+        "100 systems of 5 particles",
     )
 
 
@@ -187,7 +194,7 @@ def schnet() -> Subject:
     from torch_geometric.nn.models import SchNet
 
     def all_pairs(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        near = (batch[:, None] == batch) & ~torch.eye(len(batch), dtype=torch.bool)
+        near = (batch[:, None] == batch) & ~torch.eye(len(batch), dtype=torch.bool, device=batch.device)
         edges = near.nonzero().T
         return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
 
