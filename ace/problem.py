@@ -582,7 +582,7 @@ class PrimalDual(ConstrainedOptimizer):
 
     def _done(self) -> Tensor:
         """Whether γ_i = 0 satisfies the optimality condition, or did so before; shape (layers,)."""
-        zero = self._proximal.values == 0
+        zero = torch.cat(tuple(self.cmp.gammas)) == 0
         if not zero.any():
             return self._off
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()

@@ -39,7 +39,6 @@ class ProximalGradient(torch.optim.Optimizer):
     Attributes:
         clip: Largest gradient that acts on γ_i, in units of s_i.
         cap: Largest size of γ_i.
-        values: γ of all layers after the last step, shape (layers,).
 
     Example:
         >>> gamma = nn.Parameter(torch.ones(1))
@@ -52,7 +51,6 @@ class ProximalGradient(torch.optim.Optimizer):
 
     clip = 1.0
     cap = 1.0
-    values: Tensor
 
     def __init__(
         self, gammas: Sequence[nn.Parameter], multiplier: Tensor, lr: float, decay: float = 0.99, carry: bool = False
@@ -126,8 +124,7 @@ class ProximalGradient(torch.optim.Optimizer):
         threshold = rate * self.multiplier
         if isinstance(self.units, Tensor):
             threshold = threshold * self.units
-        self.values = moved.sign() * (moved.abs() - threshold).clamp(0.0, self.cap)
-        self._write(self.values)
+        self._write(moved.sign() * (moved.abs() - threshold).clamp(0.0, self.cap))
 
     def _gradient(self) -> Tensor:
         """Return ∂J/∂γ_i, 0 where there is none: a retired term keeps its averages and λ."""

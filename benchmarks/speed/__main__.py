@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ace.history import replace_file
-from benchmarks.speed import machinery, segnn, steps
+from benchmarks.speed import machinery, steps
 from benchmarks.speed.models import SUBJECTS
 from benchmarks.speed.timing import median_of
 
@@ -56,6 +56,8 @@ def check(rounds: int, names: list[str], folder: Path = FOLDER) -> list[str]:
                 (f"{row['model']}, {ratio}", median_of(before.loc[row["model"], ratio]), median_of(row[ratio]))
                 for ratio in steps.RATIOS
             ]
+    from benchmarks.speed import segnn
+
     before = pd.read_csv(folder / "segnn.csv")
     now = segnn.measure(rounds)
     pairs.append(("segnn, times as fast", *(median_of(t["times as fast"].iloc[0]) for t in (before, now))))
@@ -99,6 +101,8 @@ def main() -> int:
     if options.part in ("all", "machinery"):
         write("machinery", machinery.measure(options.rounds)[0], suffix)
     if options.part in ("all", "segnn"):
+        from benchmarks.speed import segnn  # e3nn: MACE has to be imported before it, and has its own version
+
         write("segnn", segnn.measure(options.rounds, options.steps, options.device), suffix)
     if options.part in ("all", "steps"):
         write("cost", steps.measure(names, options.rounds, options.steps, options.device, options.compile), suffix)
