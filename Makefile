@@ -8,7 +8,7 @@ READY := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts hosts lint types docs bench clean
+.PHONY: help install demo test test-slow test-hosts hosts lint types docs results bench bench-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,9 +80,24 @@ types: $(READY) ## Check the types of the library (mypy --strict)
 docs: $(READY) ## Build the documentation into docs/_build, warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
-bench: $(READY) ## Run the benchmark suite of the results page (hours; the same command resumes)
+results: $(READY) ## Run the benchmark suite of the results page (hours; the same command resumes)
 	$(BIN)/ace suite configs/suites/results.yaml --jobs 2 --out results/results
 	$(BIN)/ace table results/results
+
+# Models of libraries that have an environment of their own are measured there, if it was made (make test-hosts).
+IN_OTHERS := escnn:c4-cnn mace:mace shared:nequip
+
+bench: $(READY) ## Measure what a step costs (10 minutes), and write its tables
+	$(BIN)/python -m benchmarks.speed
+	$(foreach pair,$(IN_OTHERS),$(call in_other,$(subst :, ,$(pair))))
+
+define in_other
+@if test -x .venvs/$(word 1,$(1))/bin/python; then .venvs/$(word 1,$(1))/bin/python -m benchmarks.speed steps $(word 2,$(1)); fi
+
+endef
+
+bench-check: $(READY) ## Measure anew, briefly, and fail if a ratio moved against the committed tables
+	$(BIN)/python -m benchmarks.speed check egnn segnn schnet --rounds 8
 
 clean: ## Remove .venv, caches and built documentation; results and data stay
 	rm -rf .venv docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

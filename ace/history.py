@@ -7,21 +7,29 @@ import io
 import operator
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, SupportsFloat, SupportsIndex
+from typing import IO, Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from ace.errors import AceError, DataError, NotWritten
 
 COLUMNS = ("step", "epoch", "layer", "quantity", "value")
 
 _HEADER = (",".join(COLUMNS) + "\n").encode()
-_BUFFER = 1 << 18  # characters kept back before they are written: opening a file costs as much as a few steps
+_BUFFER = 1 << 13  # rows kept back before they are written: opening a file costs as much as a few steps
 _PER_LAYER = ("gamma", "violation", "multiplier")
 
-_Rows = list[tuple[tuple[str, ...], str, list[float]]]  # (layers, quantity, a value for each layer)
+
+class _Step(NamedTuple):
+    """What one item recorded: text, or the tensors that become text when somebody asks for it."""
+
+    step: int
+    rows: int
+    write: Callable[[], str]
 
 
 class History:
@@ -63,8 +71,8 @@ class History:
         self.path = None if path is None else Path(path).absolute()
         self.every = every
         self.sink = sink
-        self._pending: list[str] = []  # complete lines, those of one item with the same step
-        self._characters = 0
+        self._pending: list[_Step] = []
+        self._rows = 0
         if self.path is not None:
             _check_header(self.path)
             weakref.finalize(self, _append, self.path, self._pending)
@@ -126,14 +134,20 @@ class History:
         step = misc["step"]
         if step % self.every and step > 1:
             return  # before any tensor is looked at: reading one from a GPU waits for it
-        layers, constraints = misc["layers"], misc.get("constraints", misc["layers"])
-        rows: _Rows = [(("",), "loss", [float(misc["task_loss"])])]
-        rows += [
-            (layers if quantity == "gamma" else constraints, quantity, misc[quantity].tolist())
-            for quantity in _PER_LAYER
-            if quantity in misc
-        ]
-        self._record(step, epoch, rows)
+        names = misc["layers"], misc.get("constraints", misc["layers"])
+        for name in names:
+            _fields(name)  # raises where it cannot be written
+        columns = {quantity: misc[quantity].detach() for quantity in _PER_LAYER if quantity in misc}
+        loss = torch.as_tensor(misc["task_loss"]).detach()
+        # a number becomes text when the buffer is written: a step does not wait for it, nor for the GPU
+        write = functools.partial(_lines, step, epoch, loss, columns, *names)
+        self._record(_Step(step, 1 + sum(map(len, columns.values())), write))
+        if self.sink is not None:
+            values = {"loss": loss.item()}
+            for quantity, column in columns.items():
+                of = names[quantity != "gamma"]
+                values |= {f"{quantity}/{name}": value for name, value in zip(of, column.tolist(), strict=True)}
+            self.sink(step, values)
 
     def log(
         self,
@@ -160,11 +174,20 @@ class History:
             >>> history.frame()["layer"].tolist()
             ['layers.0']
         """
+        start = f"{operator.index(step)},{'' if epoch is None else operator.index(epoch)}"
+        (layer_field,) = _fields((layer,))
+        names = _fields(tuple(quantities))
         try:
-            rows: _Rows = [((layer,), name, [float(value)]) for name, value in quantities.items()]
+            values = [float(value) for value in quantities.values()]
         except (TypeError, ValueError, RuntimeError) as error:
             raise AceError(f"step {step}: not a number among {quantities}: {error}") from error
-        self._record(operator.index(step), None if epoch is None else operator.index(epoch), rows)
+        lines = "".join(f"{start},{layer_field},{name},{value!r}\n" for name, value in zip(names, values, strict=True))
+        self._record(_Step(operator.index(step), len(names), lambda: lines))
+        if self.sink is not None and quantities:
+            of = f"/{layer}" if layer else ""
+            self.sink(
+                operator.index(step), {f"{name}{of}": value for name, value in zip(quantities, values, strict=True)}
+            )
 
     def frame(self) -> pd.DataFrame:
         """All rows in the order they were recorded, those still in the buffer included.
@@ -185,7 +208,7 @@ class History:
             np.float64(1.0)
         """
         rows = b"" if self.path is None else _complete_rows(self.path)
-        text = io.BytesIO(_HEADER + rows + "".join(self._pending).encode())
+        text = io.BytesIO(_HEADER + rows + _text(self._pending).encode())
         try:
             frame = pd.read_csv(
                 text,
@@ -216,7 +239,7 @@ class History:
         """
         if self.path is not None:
             _append(self.path, self._pending)
-            self._characters = 0
+            self._rows = 0
 
     def truncate(self, step: int) -> None:
         """Drop the rows of later steps, as when training goes back to the checkpoint of a step.
@@ -246,8 +269,8 @@ class History:
                 raise DataError(f"{self.path}: a line does not start with a step ({error})") from error
             if len(kept) < len(rows):
                 replace_file(self.path, _HEADER + b"".join(kept))
-        self._pending[:] = [lines for lines in self._pending if int(lines[: lines.index(",")]) <= step]
-        self._characters = sum(map(len, self._pending))
+        self._pending[:] = [item for item in self._pending if item.step <= step]
+        self._rows = sum(item.rows for item in self._pending)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Save a figure of everything recorded: learning curves, γ, violations, multipliers, errors.
@@ -269,30 +292,34 @@ class History:
 
         plot_trajectories(self.frame(), path)
 
-    def _record(self, step: int, epoch: int | None, rows: _Rows) -> None:
-        """Record a quantity of so many layers in each of the rows: (layers, quantity, values)."""
-        if not rows:
+    def _record(self, item: _Step) -> None:
+        if not item.rows:
             return
-        start = f"{step},{'' if epoch is None else epoch}"
-        lines = "".join(
-            f"{start},{layer},{name},{value!r}\n"
-            for layers, quantity, values in rows
-            for (name,) in [_fields((quantity,))]
-            for layer, value in zip(_fields(layers), values, strict=True)
-        )
-        self._pending.append(lines)
-        self._characters += len(lines)
-        if self._characters >= _BUFFER:
+        self._pending.append(item)
+        self._rows += item.rows
+        if self._rows >= _BUFFER:
             self.flush()
-        if self.sink is not None:
-            self.sink(
-                step,
-                {
-                    f"{quantity}/{layer}" if layer else quantity: value
-                    for layers, quantity, values in rows
-                    for layer, value in zip(layers, values, strict=True)
-                },
-            )
+
+
+def _lines(
+    step: int,
+    epoch: int | None,
+    loss: Tensor,
+    columns: Mapping[str, Tensor],
+    layers: tuple[str, ...],
+    constraints: tuple[str, ...],
+) -> str:
+    """One step as text."""
+    start = f"{step},{'' if epoch is None else epoch},"
+    lines = [f"{start},loss,{loss.item()!r}\n"]
+    for quantity, values in columns.items():
+        names = _fields(layers if quantity == "gamma" else constraints)
+        lines += [f"{start}{n},{quantity},{value!r}\n" for n, value in zip(names, values.tolist(), strict=True)]
+    return "".join(lines)
+
+
+def _text(pending: Iterable[_Step]) -> str:
+    return "".join(item.write() for item in pending)
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model are the same at every step
@@ -342,11 +369,11 @@ def _last_line_end(file: IO[bytes]) -> int:
     return 0
 
 
-def _append(path: Path, pending: list[str]) -> None:
+def _append(path: Path, pending: list[_Step]) -> None:
     """Write all pending lines at the end of the file and forget them, or change nothing."""
     if not pending:
         return
-    data = "".join(pending).encode()
+    data = _text(pending).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:

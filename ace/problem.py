@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
-from cooper.cmp import CMPState, ConstrainedMinimizationProblem
+from cooper.cmp import CMPState, ConstrainedMinimizationProblem, LagrangianStore
 from cooper.constraints.constraint import Constraint as CooperConstraint
 from cooper.constraints.constraint_state import ConstraintState
 from cooper.formulations.formulations import AugmentedLagrangian, Lagrangian
@@ -74,6 +74,7 @@ class Problem(ConstrainedMinimizationProblem):
     Attributes:
         model: The relaxed model as given.
         relaxations: Path of each relaxed layer to its ``Relaxation``.
+        gammas: The relaxation strengths γ_i, parameters of shape (1,), in layer order.
         names: What is constrained: the paths of the layers, or the names of the groups.
         multiplier: The multipliers λ, shape (names,), once posed.
         slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
@@ -106,6 +107,7 @@ class Problem(ConstrainedMinimizationProblem):
         self.relaxations: dict[str, Relaxation] = relaxations(relaxed)
         if not self.relaxations:
             raise NotRelaxed("the model carries no relaxation terms: call ace.relax(model, ...) before ace.Problem")
+        self.gammas: list[nn.Parameter] = [relaxation.gamma for relaxation in self.relaxations.values()]
         if hasattr(self.gammas[0], "full_tensor"):
             raise AceError(
                 "γ is sharded, and each process needs all of it: pass "
@@ -127,11 +129,6 @@ class Problem(ConstrainedMinimizationProblem):
         self._singular: list[Tensor | None] = [None] * len(self.relaxations)  # where power iteration goes on
         if isinstance(self.constraint, LayerConstraint) and self.constraint.measure == "spectral":
             _check_linear(self.relaxations)
-
-    @property
-    def gammas(self) -> list[nn.Parameter]:
-        """The relaxation strengths γ_i, parameters of shape (1,), in layer order."""
-        return [relaxation.gamma for relaxation in self.relaxations.values()]
 
     @property
     def multiplier(self) -> nn.Parameter:
@@ -193,7 +190,8 @@ class Problem(ConstrainedMinimizationProblem):
         if self._watch is not None:
             return self._compute_errors(self._watch)
         assert isinstance(self.constraint, LayerConstraint)
-        gamma = torch.cat(tuple(self.gammas))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.form != "proximal"):  # λ has its own step there
+            gamma = torch.cat(tuple(self.gammas))
         value = gamma
         if self.constraint.measure == "spectral":
             norms = self.operator_norms()
@@ -210,7 +208,7 @@ class Problem(ConstrainedMinimizationProblem):
         bound: float | Tensor = self.constraint.eps if isinstance(self.constraint, Bounded) else 0.0
         if self.slack is not None:
             bound = self.slack
-        violation = value - bound
+        violation = value if isinstance(bound, float) and bound == 0 else value - bound
         if violation.shape != self.multiplier.shape:
             raise ShapeMismatch(
                 f"violations of shape {tuple(violation.shape)} for multipliers of shape {tuple(self.multiplier.shape)}"
@@ -400,7 +398,10 @@ class PrimalDual(ConstrainedOptimizer):
         self._skipped_in_a_row = 0
         self._micro_step = 0
         self._before: Tensor | None = None
+        self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
+        self._held: list[Relaxation] = []  # those of these layers
+        self._settled = False  # all of them are off
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
         self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
@@ -483,20 +484,18 @@ class PrimalDual(ConstrainedOptimizer):
                 check_called(self.cmp.model)
         state = self.cmp.state_of(loss)
         everywhere = total(loss.detach()) / world_size()  # not finite on one process: all of them skip the batch
-        if not everywhere.isfinite():
+        if not math.isfinite(everywhere.item()):
             return self._skip(state, everywhere, f"loss {everywhere.item()}")
         if self.cmp.form == "tolerance":
             self._start_multipliers(everywhere)
-        dual = state.compute_dual_lagrangian()
-        dual_lagrangian = cast("Tensor", dual.lagrangian)
-        if not dual_first:
-            dual_lagrangian.backward()
-        elif first:
-            self._before = self.cmp.multiplier.detach().clone()
-            dual_lagrangian.backward()
+        dual = self._dual_gradient(state, first, dual_first)
+        if dual_first and first and not self._settled:
+            if self.clip is not None or not last:  # else nothing can go wrong any more
+                self._before = self.cmp.multiplier.detach().clone()
             self.dual_step()
-        primal = state.compute_primal_lagrangian()
-        lagrangian = cast("Tensor", primal.lagrangian) / self.accumulate
+        primal = LagrangianStore(loss) if self.cmp.form == "proximal" else state.compute_primal_lagrangian()
+        lagrangian = cast("Tensor", primal.lagrangian)
+        lagrangian = lagrangian if self.accumulate == 1 else lagrangian / self.accumulate
         if backward is not None:
             backward(lagrangian)
         else:
@@ -515,6 +514,20 @@ class PrimalDual(ConstrainedOptimizer):
             self._skipped_in_a_row = 0
         return self._report(RollOut(everywhere, state, primal, dual), skipped=False)
 
+    def _dual_gradient(self, state: CMPState, first: bool, dual_first: bool) -> LagrangianStore:
+        """Return the dual Lagrangian; its gradient is left in the multipliers where this batch is to move them."""
+        if self.cmp.form == "proximal" and dual_first:  # as below, but the engine of autograd has a price
+            violation = state.observed_constraints[self.cmp.relaxation].extract_violations()[1].detach()
+            multiplier = self.cmp.multiplier
+            if first and not self._settled:
+                multiplier.grad = violation.clone()
+            return LagrangianStore(torch.dot(multiplier.detach(), violation))
+        store = state.compute_dual_lagrangian()
+        lagrangian = cast("Tensor", store.lagrangian)
+        if not dual_first or first:
+            lagrangian.backward()
+        return store
+
     @torch.no_grad()
     def _start_multipliers(self, loss: Tensor) -> None:
         """Give multipliers that are 0 still a value in units of the loss."""
@@ -523,15 +536,24 @@ class PrimalDual(ConstrainedOptimizer):
         )  # it may well hold already
         self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of all variables."""
+        for optimizer in self._primal:
+            optimizer.zero_grad()
+        self.cmp.multiplier.grad = None
+
     @torch.no_grad()
     def dual_step(self) -> None:
         """Ascend on the multipliers, in units of the gradient of γ where the form is proximal."""
         constraint, weight = self.cmp.constraint, self.cmp.multiplier
-        gradient = cast("Tensor", weight.grad)
         if self.cmp.form == "proximal" and not isinstance(constraint, Resilient):
             left = max(math.floor((1 - self.polish) * self.steps) - self.step, 1)
-            gradient.mul_(self._proximal.scale / (left * self._units() ** 2))
-        super().dual_step()
+            rate = self._proximal.scale / (left * self._units() ** 2)
+            # what its optimizer would do: gradient ascent, nothing else
+            (dual,) = cast("list[torch.optim.Optimizer]", self.dual_optimizers)
+            weight.add_(cast("Tensor", weight.grad) * rate, alpha=dual.param_groups[0]["lr"]).relu_()
+        else:
+            super().dual_step()
         if isinstance(constraint, Bounded):
             # no wind-up: a multiplier that holds γ at 0, well inside of its bound, is too large
             weight.masked_fill_(torch.cat(tuple(self.cmp.gammas)) == 0, 0.0)
@@ -541,10 +563,10 @@ class PrimalDual(ConstrainedOptimizer):
         """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
-            for relaxation, is_off in zip(self.cmp.relaxations.values(), self._off.tolist(), strict=True):
-                if is_off:  # its term is in the graph still where training is distributed
-                    relaxation.zero_grad()
-        for optimizer in reversed(self._primal):  # the weights last: a wrapper updates the scaler after them
+            for relaxation in self._held:  # its term is in the graph still where training is distributed
+                relaxation.zero_grad()
+        # the weights last: a wrapper updates the scaler after them
+        for optimizer in reversed(self._primal[:1] if self._settled else self._primal):
             if self._wrapper is not None and optimizer is self._primal[0]:
                 self._wrapper.step()
             elif self.scaler is None:
@@ -592,12 +614,19 @@ class PrimalDual(ConstrainedOptimizer):
             bound = (constraint.eps / torch.as_tensor(units)).expand(len(gammas))
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
-        if not isinstance(constraint, Exact) or bool(self._off.all()):
+        if not isinstance(constraint, Exact) or self._settled:
             return
-        values = torch.cat(tuple(gammas))
+        done = torch.ones_like(self._off) if polishing else self._done()
+        if done is not self._off and not torch.equal(done, self._off):
+            self._retire(done)
+
+    def _done(self) -> Tensor:
+        """Whether γ_i = 0 satisfies the optimality condition, or did so before; shape (layers,)."""
+        zero = torch.cat(tuple(self.cmp.gammas)) == 0
+        if not zero.any():
+            return self._off
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
-        done = ((values == 0) & optimal).cpu() | self._off
-        self._retire(torch.ones_like(done) if polishing else done)
+        return (zero & optimal).cpu() | self._off
 
     def _retire(self, off: Tensor) -> None:
         """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
@@ -606,6 +635,8 @@ class PrimalDual(ConstrainedOptimizer):
             if is_off and not relaxation.retired:
                 relaxation.retire(self._keep_in_graph)
         self._off = off
+        self._held = [r for r, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True) if is_off]
+        self._settled = len(self._held) == len(off)
 
     @torch.no_grad()
     def _average_gammas(self) -> None:
@@ -645,15 +676,16 @@ class PrimalDual(ConstrainedOptimizer):
         empty = state.compute_dual_lagrangian()
         return self._report(RollOut(loss, state, empty, empty), skipped=True)
 
+    @torch.no_grad()
     def _report(self, rollout: RollOut, skipped: bool) -> RollOut:
         observed = rollout.cmp_state.observed_constraints[self.cmp.relaxation]
         violation = observed.violation if self.cmp.excess is None else self.cmp.excess.sqrt() - 1
         rollout.cmp_state.misc = {
             "task_loss": rollout.loss,
             "step": self.step,
-            "layers": tuple(self.cmp.relaxations),
+            "layers": self._layers,
             "constraints": self.cmp.names,
-            "gamma": torch.cat(tuple(self.cmp.gammas)).detach().cpu(),
+            "gamma": torch.cat(tuple(self.cmp.gammas)).cpu(),
             "violation": violation.detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
             "skipped": skipped,

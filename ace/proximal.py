@@ -62,11 +62,22 @@ class ProximalGradient(torch.optim.Optimizer):
         first = self._gammas[0]
         size = torch.zeros(len(gammas), dtype=first.dtype, device=first.device)
         self.state[first] = {"step": size, "mean": size.clone(), "square": size.clone()}
+        self._forget()
 
     @property
     def _gammas(self) -> list[nn.Parameter]:
         gammas: list[nn.Parameter] = self.param_groups[0]["params"]
         return gammas
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is kept from step to step but follows from the state."""
+        self._scale: Tensor | None = None
+        self._found: list[bool] = []
+        self._row: Tensor | None = None
 
     def _average(self, name: str) -> Tensor:
         state = self.state[self._gammas[0]]
@@ -76,12 +87,20 @@ class ProximalGradient(torch.optim.Optimizer):
     @property
     def scale(self) -> Tensor:
         """Running root mean square s_i of ∂J/∂γ_i, shape (layers,)."""
-        return self._average("square").sqrt().clamp_min(_SMALLEST)
+        if self._scale is None:
+            self._scale = self._average("square").sqrt().clamp_min(_SMALLEST)
+        return self._scale
 
     @property
     def mean(self) -> Tensor:
         """Running mean of ∂J/∂γ_i, shape (layers,)."""
         return self._average("mean")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; ``set_to_none`` is what happens in any case."""
+        del set_to_none
+        for gamma in self._gammas:
+            gamma.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -90,18 +109,39 @@ class ProximalGradient(torch.optim.Optimizer):
             raise NotImplementedError("a closure would evaluate the loss again; call backward before step()")
         group, gammas = self.param_groups[0], self._gammas
         state: dict[str, Any] = self.state[gammas[0]]
-        gradient = torch.cat([g.new_zeros(1) if g.grad is None else g.grad for g in gammas])
-        reached = gradient.new_tensor([g.grad is not None for g in gammas])  # a retired term keeps its averages and λ
+        gradient = self._gradient()
         before = self.scale
-        state["step"] += reached
-        weight = (1 - group["decay"]) * reached
-        state["mean"].lerp_(gradient, weight)
-        state["square"].lerp_(gradient.square(), weight)
+        state["step"].add_(self._reached)
+        state["mean"].lerp_(gradient, self._weight)
+        state["square"].lerp_(gradient.square(), self._weight)
+        self._scale = None
         scale = self.scale
         if self.carry:
             self.multiplier.mul_(scale / before)
         rate = group["lr"] / scale
         limit = self.clip * scale
         moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-limit, limit)
-        new = moved.sign() * (moved.abs() - rate * self.multiplier * self.units).clamp(0.0, self.cap)
-        torch._foreach_copy_(list(gammas), list(new.split(1)))
+        threshold = rate * self.multiplier
+        if isinstance(self.units, Tensor):
+            threshold = threshold * self.units
+        self._write(moved.sign() * (moved.abs() - threshold).clamp(0.0, self.cap))
+
+    def _gradient(self) -> Tensor:
+        """Return ∂J/∂γ_i, 0 where there is none: a retired term keeps its averages and λ."""
+        gradients = [gamma.grad for gamma in self._gammas]
+        found = [gradient is not None for gradient in gradients]
+        if found != self._found:
+            first = self._gammas[0]
+            self._found, self._reached = found, torch.tensor(found, dtype=first.dtype, device=first.device)
+            self._weight = (1 - self.param_groups[0]["decay"]) * self._reached
+            self._nothing = first.new_zeros(1)
+        return torch.cat([self._nothing if gradient is None else gradient for gradient in gradients])
+
+    def _write(self, values: Tensor) -> None:
+        """Set every γ."""
+        if self._row is None or self._row.device != values.device:
+            self._row = values.clone()  # to cut a row anew in each step would cost as much as to write it
+            self._pieces = list(self._row.split(1))
+        else:
+            self._row.copy_(values)
+        torch._foreach_copy_(list(self._gammas), self._pieces)

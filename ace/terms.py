@@ -356,18 +356,18 @@ def matrix_of(term: nn.Module) -> Tensor | None:
         (torch.Size([4, 5]), None)
     """
     inner = getattr(term, "map", term)
-    if isinstance(inner, SpectralLinear):
-        return inner.matrix
+    if isinstance(matrix := getattr(inner, "matrix", None), Tensor):
+        return matrix
     if isinstance(inner, nn.Linear) and type(inner).forward is nn.Linear.forward:
         return whole(inner.weight)
     if not isinstance(inner, nn.Sequential):
         return None
     product: Tensor | None = None
     for layer in inner:
-        matrix = matrix_of(layer)
-        if matrix is None:
+        factor = matrix_of(layer)
+        if factor is None:
             return None
-        product = matrix if product is None else matrix @ product
+        product = factor if product is None else factor @ product
     return product
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from escnn import nn as enn
 from torch import Tensor, nn
 
 from ace.calls import register_container
 from ace.inputs import register_motion
-from ace.terms import Make, Port, Site, Write, register_term
+from ace.terms import START, Make, Port, Site, Write, linear_or_low_rank, register_term
 
 
 def parts(value: enn.GeometricTensor) -> dict[str, Any]:
@@ -38,13 +39,43 @@ register_container(enn.GeometricTensor, parts, rebuilt)
 register_motion(enn.GeometricTensor, moved)
 
 
+WIDE = 2**14
+"""Weights of a full convolution above which a linear term has a bottleneck, unless the user says otherwise: every
+weight acts once for each pixel, so that a full one costs what the steerable convolution beside it costs."""
+CHANNELS = 16
+"""Channels of the bottleneck."""
+
+
+class Bottleneck(nn.Sequential):
+    """A linear map of patches in three convolutions: of 1 pixel down to few channels, of the kernel, of 1 pixel up."""
+
+    def __init__(self, layer: enn.R2Conv | enn.R3Conv) -> None:
+        convolution = nn.Conv2d if layer.d == 2 else nn.Conv3d
+        options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        super().__init__(
+            convolution(layer.in_type.size, CHANNELS, 1, bias=False),
+            convolution(CHANNELS, CHANNELS, layer.kernel_size, bias=False, **options),
+            convolution(CHANNELS, layer.out_type.size, 1),
+        )
+        with torch.no_grad():
+            for parameter in self[2].parameters():
+                parameter.mul_(START)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The map of one patch, shape (channels out, channels in · pixels of the kernel)."""
+        down, kernel, up = (cast("Tensor", layer.weight).flatten(2) for layer in self)
+        return torch.einsum("ob,bap,ac->ocp", up[..., 0], kernel, down[..., 0]).flatten(1)
+
+
 class ConvolutionTerm(nn.Module):
     r"""A map of the patches that a steerable convolution sees: for a linear map, an ordinary convolution.
 
     .. math:: f_\mathrm{neq}(x)_p = \mathrm{map}(x_{p + \Delta},\ \Delta \in \mathrm{kernel})
 
     Kernel size, stride, padding and dilation are the layer's; all channels of the patch are read and all channels
-    of the pixel written, whatever the fields and ``groups`` of the layer.
+    of the pixel written, whatever the fields and ``groups`` of the layer. Where a full convolution had more than 2¹⁴
+    weights, the default map is a ``Bottleneck``.
 
     Args:
         layer: The convolution.
@@ -59,10 +90,14 @@ class ConvolutionTerm(nn.Module):
         self.padding = [side for size in reversed(_each(layer.padding, layer.d)) for side in (size, size)]
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.feature_axes = {("tensor",): (1,)}
-        self.map = make(layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size)
+        sizes = layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size
+        wide = make is linear_or_low_rank and sizes[0] * sizes[1] > WIDE
+        self.map = Bottleneck(layer) if wide else make(*sizes)
 
     def forward(self, input: enn.GeometricTensor) -> dict[str, Tensor]:  # noqa: A002 (the name the layers use)
         """Return what is added to the features, shape (batch, channels out, pixels)."""
+        if isinstance(self.map, Bottleneck):
+            return {"tensor": self.map(input.tensor)}
         x = nn.functional.pad(input.tensor, self.padding, self.padding_mode)
         if type(self.map) is nn.Linear:  # the same without copying every pixel into each patch it is in
             convolve = nn.functional.conv2d if len(self.axes) == 2 else nn.functional.conv3d

@@ -1,138 +1,113 @@
-"""``python -m benchmarks.speed [model ...]``: measure training steps and write ``docs/results/cost.csv``.
+"""``python -m benchmarks.speed [part] [model ...]``: measure, and write the tables in ``docs/results``.
 
-Four copies of a model take turns, a few steps each, round after round, so that a machine that slows down slows all of
-them: the plain one, a relaxed one with every term alive, one with every term retired, and a restored one. What counts
-is the ratio to the plain one within a round. Models whose library is not installed are left out; their rows stay.
+The parts are ``machinery``, ``steps`` and ``segnn``; without one, all of them. ``check`` measures anew, in fewer
+rounds, and compares with the committed tables: only ratios, since machines differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.metadata
-import time
-import warnings
+import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.progress import track
 
-import ace
-from ace.calls import call, map_tensors
-from ace.errors import ConstraintNotMet
 from ace.history import replace_file
-from ace.probing import default_dtype
-from benchmarks.speed.models import SUBJECTS, Subject
+from benchmarks.speed import machinery, steps
+from benchmarks.speed.models import SUBJECTS
+from benchmarks.speed.timing import median_of
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
-LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
+TOLERANCE = 0.15
+"""Relative change of a ratio that is more than the noise of a shared machine."""
 
 
-def variants(subject: Subject, relaxed: torch.nn.Module) -> dict[str, object]:
-    """Return one function a variant that does a training step."""
-    retired = copy.deepcopy(relaxed)
-    for relaxation in ace.relaxations(retired).values():
-        relaxation.retire()
-    restored = copy.deepcopy(relaxed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstraintNotMet)
-        ace.restore(restored)
-    return {
-        "strict": _plain(subject.model, subject),
-        "relaxed": _constrained(relaxed, subject),
-        "retired": _constrained(retired, subject),
-        "restored": _plain(restored, subject),
-    }
+def write(name: str, table: pd.DataFrame, suffix: str) -> None:
+    """Merge rows into a table in ``docs/results``, by their first column; rows that were not measured stay."""
+    path = FOLDER / f"{name}{suffix}.csv"
+    key = table.columns[0] if len(table) else ""
+    if path.exists() and key:
+        kept = pd.read_csv(path, dtype=str)
+        table = pd.concat([kept[~kept[key].isin(table[key])], table.astype(str)])
+    if key == "model":
+        table = table.sort_values(key, key=lambda column: column.map(list(SUBJECTS).index))
+    if key:
+        replace_file(path, table.to_csv(index=False).encode())
 
 
-def measure(subject: Subject, relaxed: torch.nn.Module, rounds: int, steps: int) -> pd.DataFrame:
-    """Return the milliseconds of a step, one row a round and a column a variant."""
-    functions = variants(subject, relaxed)
-    for function in functions.values():
-        function()
-    rows = []
-    for _ in track(range(rounds), description=type(subject.model).__name__):
-        row = {}
-        for name, function in functions.items():
-            start = time.process_time()
-            for _ in range(steps):
-                function()
-            row[name] = 1000 * (time.process_time() - start) / steps
-        rows.append(row)
-    return pd.DataFrame(rows)
+def check(rounds: int, names: list[str], folder: Path = FOLDER) -> list[str]:
+    """Measure anew and return what moved, in words.
+
+    Args:
+        rounds: Number of rounds.
+        names: The models to measure.
+        folder: Where the tables are.
+
+    Returns:
+        A line for each ratio that moved by more than ``TOLERANCE``.
+    """
+    pairs = []
+    before = pd.read_csv(folder / "cost.csv", index_col="model")
+    now = steps.measure(names, rounds, steps=2)
+    for _, row in now.iterrows():
+        if row["model"] in before.index:
+            pairs += [
+                (f"{row['model']}, {ratio}", median_of(before.loc[row["model"], ratio]), median_of(row[ratio]))
+                for ratio in steps.RATIOS
+            ]
+    from benchmarks.speed import segnn
+
+    before = pd.read_csv(folder / "segnn.csv")
+    now = segnn.measure(rounds)
+    pairs.append(("segnn, times as fast", *(median_of(t["times as fast"].iloc[0]) for t in (before, now))))
+    return moved(pairs)
 
 
-def summarise(name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame) -> dict[str, object]:
-    """Return one row of the table: median ratio to the plain model, with the quartiles over the rounds."""
-    plain = sum(parameter.numel() for parameter in subject.model.parameters())
-    row: dict[str, object] = {
-        "model": name,
-        "library": f"{LIBRARY[name]} {importlib.metadata.version(LIBRARY[name])}" if name in LIBRARY else "benchmarks",
-        "batch": subject.size,
-        "terms": len(ace.relaxations(relaxed)),
-        "parameters": plain,
-        "parameters of the terms": sum(parameter.numel() for parameter in relaxed.parameters()) - plain,
-        "strict, ms": f"{times['strict'].median():.1f}",
-    }
-    for variant in ("relaxed", "retired", "restored"):
-        ratio = times[variant] / times["strict"]
-        low, middle, high = ratio.quantile([0.25, 0.5, 0.75])
-        row[variant] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-    return row | {"rounds": len(times), "torch": torch.__version__.split("+")[0]}
+def moved(pairs: list[tuple[str, float, float]]) -> list[str]:
+    """Say which ratios changed, from (name, before, now).
+
+    Example:
+        >>> moved([("egnn, relaxed", 1.2, 1.25), ("egnn, retired", 1.0, 1.3)])
+        ['egnn, retired: 1.00 before, 1.30 now']
+    """
+    return [
+        f"{name}: {before:.2f} before, {now:.2f} now"
+        for name, before, now in pairs
+        if abs(now - before) > TOLERANCE * before
+    ]
 
 
-def _plain(model: torch.nn.Module, subject: Subject) -> object:
-    optimizer = torch.optim.Adam(model.parameters(), 1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        subject.loss(call(model, _fresh(subject.example))).backward()
-        optimizer.step()
-
-    return step
-
-
-def _constrained(model: torch.nn.Module, subject: Subject) -> object:
-    problem = ace.Problem(model, loss=lambda m, batch: subject.loss(call(m, batch)))
-    # so many planned steps that no term is let go while it is being measured
-    optimizer = ace.PrimalDual(problem, torch.optim.Adam(model.parameters(), 1e-5), steps=10**7)
-    return lambda: optimizer.roll(_fresh(subject.example))
-
-
-def _fresh(example: object) -> object:
-    """Copies of the tensors: models of forces mark their positions, and some write into their batch."""
-    return map_tensors(lambda tensor: tensor.detach().clone(), example)
-
-
-def main() -> None:
-    """Measure, and merge the rows into the committed table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(SUBJECTS), help=f"of {', '.join(SUBJECTS)}")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=5)
+def main() -> int:
+    """Run the parts."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("part", nargs="?", default="all", choices=["all", "machinery", "steps", "segnn", "check"])
+    parser.add_argument("models", nargs="*", help=f"for steps and check, of {', '.join(SUBJECTS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3, help="training steps of each variant in a round")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     options = parser.parse_args()
+    names = options.models or list(SUBJECTS)
+    if unknown := sorted(set(names) - set(SUBJECTS)):
+        parser.error(f"unknown models {', '.join(unknown)}: choose of {', '.join(SUBJECTS)}")
     torch.set_num_threads(1)
-    rows = []
-    for name in options.models:
-        torch.manual_seed(0)
-        try:
-            with default_dtype():  # nequip asks for another
-                subject = SUBJECTS[name]()
-        except ImportError as problem:
-            print(f"{name}: left out, {problem}")
-            continue
-        relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
-        times = measure(subject, relaxed, options.rounds, options.steps)
-        rows.append(summarise(name, subject, relaxed, times))
-        print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
-    path = FOLDER / "cost.csv"
-    table = pd.DataFrame(rows)
-    if path.exists():
-        table = pd.concat([pd.read_csv(path), table]).drop_duplicates("model", keep="last")
-    table = table.sort_values("model", key=lambda column: column.map(list(SUBJECTS).index), ignore_index=True)
-    replace_file(path, table.to_csv(index=False).encode())
+    torch.manual_seed(0)
+    if options.part == "check":
+        lines = check(options.rounds, names)
+        print("\n".join(lines) or f"no ratio moved by more than {TOLERANCE:.0%}")
+        return 1 if lines else 0
+    suffix = (options.device != "cpu") * f"-{options.device}" + options.compile * "-compiled"
+    if options.part in ("all", "machinery"):
+        write("machinery", machinery.measure(options.rounds)[0], suffix)
+    if options.part in ("all", "segnn"):
+        from benchmarks.speed import segnn  # e3nn: MACE has to be imported before it, and has its own version
+
+        write("segnn", segnn.measure(options.rounds, options.steps, options.device), suffix)
+    if options.part in ("all", "steps"):
+        write("cost", steps.measure(names, options.rounds, options.steps, options.device, options.compile), suffix)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ import ace
 from ace.calls import parts_of, rebuild
 from ace.errors import ConstraintNotMet
 from ace.hosts.escnn import moved
-from ace.terms import START
+from ace.terms import START, matrix_of
 from ace.testing import HostTests
 
 pytestmark = pytest.mark.filterwarnings("ignore:`py3nj` package not found")
@@ -216,6 +216,27 @@ def test_term_of_low_rank():
     assert torch.linalg.matrix_rank(kernel.flatten(1)) == 2
     expected = plain + nn.functional.conv2d(x.tensor, kernel, wide.bias, padding=1)
     torch.testing.assert_close(layer(x).tensor, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "dilation": 2, "padding_mode": "circular"}])
+def test_term_of_a_wide_convolution_is_a_bottleneck_that_breaks_every_turn(options):
+    space = gspaces.rot2dOnR2(4)
+    fields = enn.FieldType(space, 16 * [space.regular_repr])
+    layer = enn.R2Conv(fields, fields, kernel_size=3, **options).train()
+    x = fields(torch.randn(2, fields.size, 9, 9))
+    term = ace.relax(layer).relaxation.term
+    assert sum(p.numel() for p in term.parameters()) < 9 * fields.size**2 / 4
+    kernel = matrix_of(term).unflatten(1, (fields.size, 3, 3))
+    padding = layer.padding if layer.padding_mode == "zeros" else 0
+    expected = nn.functional.conv2d(
+        x.tensor, kernel, term.map[2].bias, stride=layer.stride, dilation=layer.dilation, padding=padding
+    )
+    torch.testing.assert_close(term(x)["tensor"], expected, rtol=1e-4, atol=1e-5)
+    for turn in (1, 2, 3):
+        turned = space.fibergroup.element(turn)
+        there = enn.GeometricTensor(term(x)["tensor"], fields).transform(turned).tensor
+        here = term(x.transform(turned))["tensor"]
+        assert (here - there).norm() > 0.3 * here.norm()
 
 
 def test_term_starts_small():

@@ -1,0 +1,117 @@
+"""Training steps of relaxed models against those of the plain ones.
+
+Four copies of a model take turns, a few steps each, round after round: the plain one, a relaxed one with every term
+alive, one with every term retired, and a restored one. What counts is the ratio to the plain one within a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+import ace
+from ace.calls import call, map_tensors
+from ace.errors import ConstraintNotMet
+from ace.probing import default_dtype
+from benchmarks.speed.models import SUBJECTS, Subject
+from benchmarks.speed.timing import interleaved, spread
+
+LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
+RATIOS = ("relaxed", "retired", "restored")
+
+
+def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", compiled: bool = False) -> pd.DataFrame:
+    """Return a row of the table for each model.
+
+    Args:
+        names: Keys of ``SUBJECTS``. Models whose library is not installed are left out.
+        rounds: Number of rounds.
+        steps: Steps of each variant in a round.
+        device: ``cpu`` or ``cuda``.
+        compiled: Whether the models run through ``torch.compile``.
+
+    Returns:
+        The table.
+    """
+    rows = []
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            with default_dtype():  # nequip asks for another
+                subject = SUBJECTS[name]()
+        except ImportError as problem:
+            print(f"{name}: left out, {problem}")
+            continue
+        example = map_tensors(lambda tensor: tensor.to(device), subject.example)
+        subject = replace(subject, model=subject.model.to(device), example=example)
+        relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
+        times = interleaved(variants(subject, relaxed, compiled), rounds, steps, device)
+        rows.append(summarise(name, subject, relaxed, times))
+        print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
+    return pd.DataFrame(rows)
+
+
+def variants(subject: Subject, relaxed: torch.nn.Module, compiled: bool = False) -> dict[str, Callable[[], object]]:
+    """Return one function a variant that does a training step."""
+    retired = copy.deepcopy(relaxed)
+    for relaxation in ace.relaxations(retired).values():
+        relaxation.retire()
+    restored = copy.deepcopy(relaxed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstraintNotMet)
+        ace.restore(restored)
+    if compiled:
+        for model in (subject.model, relaxed, retired, restored):
+            model.compile()
+    return {
+        "strict": _plain(subject.model, subject),
+        "relaxed": _constrained(relaxed, subject),
+        "retired": _constrained(retired, subject),
+        "restored": _plain(restored, subject),
+    }
+
+
+def summarise(name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame) -> dict[str, object]:
+    """Return one row of the table: median ratio to the plain model, with the quartiles over the rounds."""
+    plain = sum(parameter.numel() for parameter in subject.model.parameters())
+    row: dict[str, object] = {
+        "model": name,
+        "library": f"{LIBRARY[name]} {importlib.metadata.version(LIBRARY[name])}" if name in LIBRARY else "benchmarks",
+        "batch": subject.size,
+        "terms": len(ace.relaxations(relaxed)),
+        "parameters": plain,
+        "parameters of the terms": sum(parameter.numel() for parameter in relaxed.parameters()) - plain,
+        "strict, ms": f"{times['strict'].median():.1f}",
+    }
+    for variant in RATIOS:
+        row[variant] = spread(times[variant] / times["strict"])
+    return row | {"rounds": len(times), "torch": torch.__version__.split("+")[0]}
+
+
+def _plain(model: torch.nn.Module, subject: Subject) -> Callable[[], object]:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        subject.loss(call(model, _fresh(subject.example))).backward()
+        optimizer.step()
+
+    return step
+
+
+def _constrained(model: torch.nn.Module, subject: Subject) -> Callable[[], object]:
+    problem = ace.Problem(model, loss=lambda m, batch: subject.loss(call(m, batch)))
+    # so many planned steps that no term is let go while it is being measured
+    optimizer = ace.PrimalDual(problem, torch.optim.Adam(model.parameters(), 1e-5), steps=10**7)
+    return lambda: optimizer.roll(_fresh(subject.example))
+
+
+def _fresh(example: object) -> object:
+    """Copies of the tensors: models of forces mark their positions, and some write into their batch."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), example)

@@ -1,0 +1,74 @@
+"""The benchmark of speed: what its variants compute, and how its tables are read. No timings."""
+
+from __future__ import annotations
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from toys import batches, network, regression
+
+import ace
+from benchmarks.speed import machinery
+from benchmarks.speed.accuracy import time_to_accuracy
+from benchmarks.speed.timing import interleaved
+
+
+def test_once_all_terms_are_retired_training_is_bitwise_that_of_the_plain_model():
+    torch.manual_seed(0)
+    plain = network()
+    relaxed = ace.relax(copy.deepcopy(plain), layers=nn.Linear, example=torch.zeros(1, 4))
+    for relaxation in ace.relaxations(relaxed).values():
+        relaxation.retire()
+    problem = ace.Problem(relaxed, regression)
+    optimizer = ace.PrimalDual(problem, torch.optim.Adam(relaxed.parameters(), 1e-2), steps=100)
+    reference = torch.optim.Adam(plain.parameters(), 1e-2)
+    for batch in batches(20):
+        reference.zero_grad()
+        regression(plain, batch).backward()
+        reference.step()
+        report = optimizer.roll(batch).cmp_state.misc
+        for name in ("gamma", "violation", "multiplier"):
+            assert not report[name].any()
+    for own, other in zip(ace.restore(relaxed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+def test_the_variants_of_the_machinery_all_take_the_same_step_on_the_weight(tmp_path):
+    """A step that a variant left out would flatter it."""
+    torch.manual_seed(0)
+    for name, step in machinery.variants(3, tmp_path).items():
+        losses = {}
+        for count in range(3):
+            result = step()
+            losses[count] = getattr(result, "loss", None)
+        if losses[0] is not None:
+            assert losses[2] < losses[0], name
+    assert len(ace.History.load(tmp_path / "3.csv").frame()) == 3 * (1 + 3 * 3)
+
+
+def test_functions_take_turns():
+    calls = []
+    table = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, steps=2)
+    assert "".join(calls) == "ab" + 2 * "aabb"
+    assert list(table) == ["a", "b"]
+    assert len(table) == 2
+
+
+@pytest.mark.parametrize(("errors", "reached", "seconds"), [([0.9, 0.4], 1, 10.0), ([0.9, 0.6], 0, None)])
+def test_time_to_the_error_where_strict_ended(errors, reached, seconds):
+    rows = [
+        {"task": "t", "model": "m", "method": method, "setting": "", "seed": seed, "errors": found, "seconds": 0.5}
+        for method, seed, found in [
+            ("strict", 0, pd.Series([0.7, 0.5], index=[10, 20])),
+            ("ace", 0, pd.Series(errors, index=[10, 20])),
+            ("ace", 1, pd.Series(errors, index=[10, 20])),  # no strict run to compare with
+        ]
+    ]
+    table = time_to_accuracy(pd.DataFrame(rows)).set_index("method")
+    assert table.loc["ace", "runs"] == 1
+    assert table.loc["ace", "reached"] == reached
+    if seconds is not None:
+        assert table.loc["ace", "seconds, median"] == seconds
