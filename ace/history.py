@@ -146,7 +146,7 @@ class History:
             values = {"loss": loss.item()}
             for quantity, column in columns.items():
                 of = names[quantity != "gamma"]
-                values |= {f"{quantity}/{name}": value for name, value in zip(of, column.tolist(), strict=True)}
+                values |= {_joined(quantity, name): value for name, value in zip(of, column.tolist(), strict=True)}
             self.sink(step, values)
 
     def log(
@@ -316,6 +316,11 @@ def _lines(
         names = _fields(layers if quantity == "gamma" else constraints)
         lines += [f"{start}{n},{quantity},{value!r}\n" for n, value in zip(names, values.tolist(), strict=True)]
     return "".join(lines)
+
+
+def _joined(quantity: str, layer: str) -> str:
+    """Name of a number for a sink."""
+    return f"{quantity}/{layer}" if layer else quantity
 
 
 def _text(pending: Iterable[_Step]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.models import MODELS
 from benchmarks.models.egnn import EGNN, EGNNLayer
 from benchmarks.models.egno import EGNO, EGNOLayer, TemporalConv
-from benchmarks.models.segnn import SEGNN, EdgeTensorProduct, Gate, SEGNNLayer, irreps, steerable
+from benchmarks.models.segnn import SEGNN, AttributeProduct, EdgeTensorProduct, Gate, SEGNNLayer, irreps, steerable
 
 CASES = {
     "egnn": {"hidden": 8, "layers": 3},
@@ -351,3 +351,14 @@ def test_shapes_and_dtype(model, steps):
     out = model(D_H, D_E)(**inputs)
     assert out.shape == ((10, 3) if steps is None else (10, steps, 3))
     assert out.dtype == torch.float32
+
+
+@quick
+@given(st.tuples(*[st.integers(0, 4)] * 4).filter(lambda n: n[0] + n[1] and n[2] + n[3]), st.integers(0, 100))
+def test_the_product_with_an_attribute_is_that_of_e3nn(sizes, seed):
+    scalars, vectors, scalars_out, vectors_out = sizes
+    torch.manual_seed(seed)
+    product = AttributeProduct(irreps(scalars, vectors), irreps(scalars_out, vectors_out))
+    features, attribute = torch.randn(3, scalars + 3 * vectors), steerable(torch.randn(3, 3))
+    slow = o3.FullyConnectedTensorProduct.forward(product, features, attribute)
+    torch.testing.assert_close(product(features, attribute), slow, rtol=1e-5, atol=1e-5)

@@ -257,8 +257,8 @@ class AttributeProduct(o3.FullyConnectedTensorProduct):
     The contraction with a comes first, so that each output is one matrix product on rows.
 
     Args:
-        irreps_in: Scalars and vectors, (n)x0e+(k)x1o.
-        irreps_out: Scalars and vectors, or vectors alone.
+        irreps_in: Scalars and vectors, (n)x0e+(k)x1o; either may be missing.
+        irreps_out: The same.
 
     Example:
         >>> product = AttributeProduct(irreps(4), irreps(3, 2))
@@ -286,7 +286,9 @@ class AttributeProduct(o3.FullyConnectedTensorProduct):
         Returns:
             Irreps ``irreps_out``, shape (N, dimension).
         """
-        weights = dict(zip(self.joined, self.weight.split(self.sizes), strict=True))
+        none = self.weight[:0]
+        weights = {(0, 0): none, (1, 1): none, (0, 1): none, (1, 0): none}
+        weights |= dict(zip(self.joined, self.weight.split(self.sizes), strict=True))
         s, v = features.split((self.scalars, 3 * self.vectors), -1)
         # coordinates before channels: products and sums then run over rows
         v = v.unflatten(-1, (self.vectors, 3)).transpose(1, 2).contiguous()
