@@ -196,7 +196,7 @@ PARAMETERS += [pytest.param(name, marks=pytest.mark.data) for name in READ]
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_part_of_a_batch_is_the_batch_of_its_samples(name):
-    words = ["task.train=20", "task.valid=4", "task.test=4"] if name in GENERATED else []
+    words = [] if name in READ else ["task.train=20", "task.valid=4", "task.test=4"]
     config = load_run(name, words)
     available, how = TASKS[config.task.name].available()
     if not available and name in READ:
