@@ -400,7 +400,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._before: Tensor | None = None
         self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
-        self._held: list[Relaxation] = []  # those of these layers
+        self._held: list[Relaxation] = []  # those of these layers, where their terms are in the graph still
         self._settled = False  # all of them are off
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
@@ -563,7 +563,7 @@ class PrimalDual(ConstrainedOptimizer):
         """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
-            for relaxation in self._held:  # its term is in the graph still where training is distributed
+            for relaxation in self._held:
                 relaxation.zero_grad()
         # the weights last: a wrapper updates the scaler after them
         for optimizer in reversed(self._primal[:1] if self._settled else self._primal):
@@ -635,8 +635,9 @@ class PrimalDual(ConstrainedOptimizer):
             if is_off and not relaxation.retired:
                 relaxation.retire(self._keep_in_graph)
         self._off = off
-        self._held = [r for r, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True) if is_off]
-        self._settled = len(self._held) == len(off)
+        held = [r for r, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True) if is_off]
+        self._held = held if self._keep_in_graph else []
+        self._settled = len(held) == len(off)
 
     @torch.no_grad()
     def _average_gammas(self) -> None:
