@@ -56,7 +56,7 @@ def by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for _, of_method in results.groupby("method", sort=False, observed=True):
         for column in _varying(of_method, settings):
             option = column.removeprefix(f"{OPTION}method.")
-            names.loc[of_method.index] += [f", {option}={_short(value)}" for value in of_method[column]]
+            names.loc[of_method.index] += [f", {option}={written(value)}" for value in of_method[column]]
     conditions = {column: column.removeprefix(OPTION) for column in swept if column not in settings}
     named = results.assign(method=names).rename(columns=conditions)
     for column in conditions.values():  # an option that other tasks do not have
@@ -70,7 +70,13 @@ def _varying(results: pd.DataFrame, columns: list[str]) -> list[str]:
     return [column for column in columns if (distinct[column] > 1).any()]
 
 
-def _short(value: object) -> str:
+def written(value: object) -> str:
+    """Write the value of an option.
+
+    Example:
+        >>> written(0.001), written(100), written("relative")
+        ('0.001', '100', 'relative')
+    """
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -531,9 +531,8 @@ class PrimalDual(ConstrainedOptimizer):
     @torch.no_grad()
     def _start_multipliers(self, loss: Tensor) -> None:
         """Give multipliers that are 0 still a value in units of the loss."""
-        start = (
-            TOLERANCE_START * loss.abs() / cast("Tensor", self.cmp.excess).clamp_min(1.0)
-        )  # it may well hold already
+        excess = cast("Tensor", self.cmp.excess).clamp_min(1.0)  # the constraint may well hold already
+        start = TOLERANCE_START * loss.abs() / excess
         self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
 
     def zero_grad(self) -> None:
@@ -630,14 +629,15 @@ class PrimalDual(ConstrainedOptimizer):
 
     def _retire(self, off: Tensor) -> None:
         """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
+        keep, self._held = self._keep_in_graph, []
         for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
             relaxation.retired = relaxation.retired and is_off
             if is_off and not relaxation.retired:
-                relaxation.retire(self._keep_in_graph)
+                relaxation.retire(keep)
+            if is_off and keep:
+                self._held.append(relaxation)
         self._off = off
-        held = [r for r, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True) if is_off]
-        self._held = held if self._keep_in_graph else []
-        self._settled = len(held) == len(off)
+        self._settled = bool(off.all())
 
     @torch.no_grad()
     def _average_gammas(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ace.comparison import LEVEL, by_setting, compare
+from ace.comparison import LEVEL, by_setting, compare, written
 from ace.errors import AceError
 from ace.results import IDENTITY
 
@@ -65,7 +65,7 @@ def table(
     if format == "csv":
         columns = {f"{metric}_{name}": of[name] for metric, of in found.items() for name in _STATISTICS}
         return _csv(pd.DataFrame({"n": size} | columns).reset_index())
-    rows = [[*map(_text(format), map(_value, key)), str(count)] for *key, count in size.reset_index().to_numpy()]
+    rows = [[*map(_text(format), map(written, key)), str(count)] for *key, count in size.reset_index().to_numpy()]
     for of_metric in found.values():
         for row, count, cell in zip(rows, size, of_metric.itertuples(), strict=True):
             row.append(_cell(cell, count, format))
@@ -226,16 +226,12 @@ def _names(cases: list[tuple[Any, ...]], columns: list[str]) -> dict[tuple[Any, 
     for case in cases:
         alike = [other for other in cases if other[:2] == case[:2]]
         differ = [place for place in range(2, len(columns)) if len({other[place] for other in alike}) > 1]
-        names[case] = " ".join([*case[:2], *(f"{columns[place]}={_value(case[place])}" for place in differ)])
+        names[case] = " ".join([*case[:2], *(f"{columns[place]}={written(case[place])}" for place in differ)])
     return names
 
 
 def _place(value: Any) -> tuple[bool, Any]:
     return isinstance(value, str), value
-
-
-def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _rounded(mean: float, error: float) -> tuple[str, str, int]:
