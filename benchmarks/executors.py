@@ -6,11 +6,11 @@ is in the run's folder. A run is always a process of its own: one that dies cost
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +25,8 @@ from ace.history import replace_file
 from benchmarks.locks import holder, locked
 
 if TYPE_CHECKING:  # it imports the models
+    from multiprocessing.process import BaseProcess
+
     from benchmarks.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,17 +72,22 @@ class Executor(Protocol):
 class Processes:
     """Processes of this machine. If it has GPUs, each sees one of them: that with the fewest other workers.
 
+    They fork from a server that has imported everything once: for a short run the imports were most of the work.
+
     Args:
         jobs: Number of processes at a time.
     """
 
     def __init__(self, jobs: int = 1) -> None:
         self.jobs = jobs
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self._context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self._context.set_forkserver_preload(["benchmarks.train"])
 
     def __call__(self, runs: list[RunConfig], out: Path) -> Generator[Ended, None, None]:
         """See ``Executor``."""
         waiting = deque(runs)
-        working: list[tuple[RunConfig, subprocess.Popen[bytes], float, str | None]] = []
+        working: list[tuple[RunConfig, BaseProcess, float, str | None]] = []
         gpus = _visible_gpus()
         try:
             while waiting or working:
@@ -88,17 +95,24 @@ class Processes:
                     config = waiting.popleft()
                     taken = [gpu for *_, gpu in working]
                     gpu = min(gpus, key=taken.count, default=None)
-                    working.append((config, _start(config, out / config.folder, gpu), time.monotonic(), gpu))
+                    working.append((config, self._start(config, out / config.folder, gpu), time.monotonic(), gpu))
                 time.sleep(0.05)
-                for entry in [entry for entry in working if entry[1].poll() is not None]:
+                for entry in [entry for entry in working if entry[1].exitcode is not None]:
                     working.remove(entry)
                     config, process, start, _ = entry
-                    yield Ended(config, _how(process.returncode), time.monotonic() - start)
+                    yield Ended(config, _how(process.exitcode), time.monotonic() - start)
         finally:
             for _, process, *_ in working:
                 process.terminate()
             for _, process, *_ in working:
-                process.wait()
+                process.join()
+
+    def _start(self, config: RunConfig, folder: Path, gpu: str | None) -> BaseProcess:
+        write_config(config, folder)
+        variables = {**os.environ, **environment(config)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        process = self._context.Process(target=_work_here, args=(folder, variables))
+        process.start()
+        return process
 
 
 class Ray:
@@ -199,7 +213,8 @@ def shell_command(config: RunConfig, folder: Path) -> str:
         folder: Its folder; its ``config.yaml`` must have been written by then.
     """
     variables = [f"{name}={value}" for name, value in environment(config).items()]
-    return shlex.join(["env", *variables, *_command(folder.absolute())])
+    command = [sys.executable, "-m", "benchmarks.train", str(folder.absolute())]
+    return shlex.join(["env", *variables, *command])
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -208,15 +223,16 @@ def write_config(config: RunConfig, folder: Path) -> None:
     replace_file(folder / "config.yaml", config.to_yaml().encode())
 
 
-def _command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.train", str(folder)]
-
-
-def _start(config: RunConfig, folder: Path, gpu: str | None) -> subprocess.Popen[bytes]:
-    write_config(config, folder)
-    variables = {**os.environ, **environment(config)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+def _work_here(folder: Path, variables: dict[str, str]) -> None:
+    """Be the worker of a run: with the variables of the suite as they are now, not as the server found them."""
+    os.environ.clear()
+    os.environ.update(variables)
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(_command(folder), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
+        for output in (1, 2):
+            os.dup2(log.fileno(), output)
+    from benchmarks.train import main
+
+    sys.exit(main(folder))
 
 
 def _visible_gpus() -> list[str]:
@@ -254,7 +270,8 @@ def _receive(folder: Path, files: dict[str, bytes]) -> None:
             replace_file(folder / name, files[name])
 
 
-def _how(code: int) -> str:
+def _how(code: int | None) -> str:
+    assert code is not None
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 

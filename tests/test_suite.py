@@ -9,9 +9,9 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from runs import ROOT, TINY, cache, tiny  # noqa: F401
 
@@ -20,7 +20,7 @@ from ace.errors import AceError, ConfigError, DataError
 from benchmarks import executors
 from benchmarks.config import load_run, load_suite
 from benchmarks.executors import Processes
-from benchmarks.locks import NAME, Locked, is_locked, locked
+from benchmarks.locks import NAME, Locked, holder, is_locked, locked
 from benchmarks.models import MODELS
 from benchmarks.suite import prepare, run_suite, shell_commands, status
 from benchmarks.train import build_model, run
@@ -71,26 +71,20 @@ def test_a_suite_runs_what_is_missing_and_reports_each(tmp_path):
     assert (worker / "history.csv").read_bytes() == (tmp_path / "here" / "history.csv").read_bytes()
 
 
-def test_a_dead_or_failing_worker_costs_its_own_run_only(tmp_path, monkeypatch):
+def test_a_dead_or_failing_worker_costs_its_own_run_only(tmp_path):
     endless = tiny("steps=1000000", "checkpoint_every=20", "eval_every=500000")
     diverging = tiny("method=ace", "optimizer=sgd", "lr=1e20")
     done = tiny("method=strict")
     run(done, tmp_path / done.folder)
-    started = []
-
-    def start(*args, **kwargs):
-        started.append(subprocess.Popen(*args, **kwargs))
-        return started[-1]
 
     def kill_once_there_is_a_checkpoint():
         folder = tmp_path / endless.folder
         while not (folder / "checkpoint.pt").exists():
             time.sleep(0.05)
         seen.update(words(tmp_path))
-        started[0].kill()
+        os.kill(int(holder(folder).split()[1]), signal.SIGKILL)
 
     seen = {}
-    monkeypatch.setattr("benchmarks.executors.subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
     killer = threading.Thread(target=kill_once_there_is_a_checkpoint)
     killer.start()
     outcomes = {
@@ -147,19 +141,42 @@ def test_a_folder_with_other_configurations_of_the_same_runs_is_refused(tmp_path
     assert prepare(swept, tmp_path / "out") == (swept.runs, [])  # it resumes, with runs of its own in the folder
 
 
+def wait_for_three(folder, variables):
+    (folder / "seen").write_text(variables["CUDA_VISIBLE_DEVICES"] + " " + variables["OMP_NUM_THREADS"])
+    while len(list(folder.parent.glob("*/seen"))) < 3:
+        time.sleep(0.01)
+
+
 def test_workers_share_the_gpus_and_have_the_threads_of_their_runs(tmp_path, monkeypatch):
     """Three workers that wait for one another, and two GPUs."""
-    code = (
-        "import os, sys, time; from pathlib import Path; here = Path(sys.argv[1])\n"
-        "(here / 'seen').write_text(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])\n"
-        "while len(list(here.parent.glob('*/seen'))) < 3: time.sleep(0.01)"
-    )
-    monkeypatch.setattr(executors, "_command", lambda folder: [sys.executable, "-c", code, str(folder)])
+    monkeypatch.setattr(executors, "_work_here", wait_for_three)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
     runs = [tiny("threads=3", f"seed={seed}") for seed in range(3)]
     assert {ended.how for ended in Processes(3)(runs, tmp_path)} == {"with exit code 0"}
     seen = [(tmp_path / run.folder / "seen").read_text() for run in runs]
     assert seen == ["2 3", "GPU-5 3", "2 3"]
+
+
+def look_afterwards(folder, variables):
+    try:
+        executors._work_here(folder, variables)
+    finally:
+        seen = {name: os.environ[name] for name in ("ACE_CACHE", "CUDA_VISIBLE_DEVICES")}
+        (folder / "seen").write_text(json.dumps({**seen, "threads": torch.get_num_threads()}))
+
+
+def test_a_worker_has_the_variables_and_the_threads_of_its_own(tmp_path, monkeypatch):
+    """They fork from a server that may have been there before: that of the test before this one."""
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(executors, "_work_here", look_afterwards)
+    config = tiny("threads=2")
+    [ended] = Processes()([config], tmp_path)
+    assert ended.how == "with exit code 0"
+    seen = json.loads((tmp_path / config.folder / "seen").read_text())
+    assert seen == {"ACE_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": "7", "threads": 2}
+    assert list((tmp_path / "cache").rglob("*.npz"))
+    assert '"config.threads": 2' in (tmp_path / config.folder / "log.txt").read_text()
 
 
 def test_two_suites_in_one_folder_are_refused(tmp_path):
