@@ -10,8 +10,8 @@ the published one; and one of the constraint on the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -107,7 +107,7 @@ class Problem(ConstrainedMinimizationProblem):
         self.relaxations: dict[str, Relaxation] = relaxations(relaxed)
         if not self.relaxations:
             raise NotRelaxed("the model carries no relaxation terms: call ace.relax(model, ...) before ace.Problem")
-        self.gammas: list[nn.Parameter] = [relaxation.gamma for relaxation in self.relaxations.values()]
+        self.gammas: tuple[nn.Parameter, ...] = tuple(relaxation.gamma for relaxation in self.relaxations.values())
         if hasattr(self.gammas[0], "full_tensor"):
             raise AceError(
                 "γ is sharded, and each process needs all of it: pass "
@@ -129,11 +129,6 @@ class Problem(ConstrainedMinimizationProblem):
         self._singular: list[Tensor | None] = [None] * len(self.relaxations)  # where power iteration goes on
         if isinstance(self.constraint, LayerConstraint) and self.constraint.measure == "spectral":
             _check_linear(self.relaxations)
-
-    @property
-    def multiplier(self) -> nn.Parameter:
-        """The multipliers λ, shape (names,)."""
-        return cast("nn.Parameter", cast("DenseMultiplier", self.relaxation.multiplier).weight)
 
     def pose(self, form: Form, penalty: float = 1.0) -> None:
         r"""Create the multipliers of a form; ``PrimalDual`` calls it.
@@ -158,10 +153,12 @@ class Problem(ConstrainedMinimizationProblem):
         zeros = self.gammas[0].detach().new_zeros(len(self.names))
         signed = form != "proximal" and isinstance(self.constraint, Exact) and self.constraint.measure == "strength"
         augmented = form == "augmented"
+        multiplier = DenseMultiplier(init=zeros.clone(), dtype=zeros.dtype, device=zeros.device)
+        self.multiplier = cast("nn.Parameter", multiplier.weight)
         self.relaxation = CooperConstraint(
             ConstraintType.EQUALITY if signed else ConstraintType.INEQUALITY,
             formulation_type=AugmentedLagrangian if augmented else Lagrangian,
-            multiplier=DenseMultiplier(init=zeros.clone(), dtype=zeros.dtype, device=zeros.device),
+            multiplier=multiplier,
             penalty_coefficient=DensePenaltyCoefficient(zeros.new_tensor(penalty)) if augmented else None,
         )
         if resilient and form == "paper":
@@ -171,16 +168,15 @@ class Problem(ConstrainedMinimizationProblem):
                 attached.dual = (self.multiplier, index)
         self.form = form
 
-    @contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self) -> AbstractContextManager[None]:
         """Watch the forward pass inside the context, where the constraint needs the batch."""
         if self._watch is not None:
-            with self._watch.watching():
-                yield
-            return
-        if cast("LayerConstraint", self.constraint).deterministic:
-            yield
-            return
+            return self._watch.watching()
+        deterministic = cast("LayerConstraint", self.constraint).deterministic
+        return nullcontext() if deterministic else self._measuring()
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
         with measuring(self.relaxations.values()) as totals:
             yield
             self._sizes = totals()
@@ -191,7 +187,7 @@ class Problem(ConstrainedMinimizationProblem):
             return self._compute_errors(self._watch)
         assert isinstance(self.constraint, LayerConstraint)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.form != "proximal"):  # λ has its own step there
-            gamma = torch.cat(tuple(self.gammas))
+            gamma = torch.cat(self.gammas)
         value = gamma
         if self.constraint.measure == "spectral":
             norms = self.operator_norms()
@@ -483,7 +479,9 @@ class PrimalDual(ConstrainedOptimizer):
             if self.step == 0:
                 check_called(self.cmp.model)
         state = self.cmp.state_of(loss)
-        everywhere = total(loss.detach()) / world_size()  # not finite on one process: all of them skip the batch
+        everywhere = loss.detach()
+        if (processes := world_size()) > 1:  # not finite on one of them: all of them skip the batch
+            everywhere = total(everywhere) / processes
         if not math.isfinite(everywhere.item()):
             return self._skip(state, everywhere, f"loss {everywhere.item()}")
         if self.cmp.form == "tolerance":
@@ -502,17 +500,18 @@ class PrimalDual(ConstrainedOptimizer):
             (lagrangian if self.scaler is None else self.scaler.scale(lagrangian)).backward()
         batches = self._micro_step + 1
         self._micro_step = 0 if last else batches
-        if last:
-            self._average_gammas()
-            if not self._clip():
-                return self._skip(state, everywhere, "gradient not finite")
-            if not dual_first:
-                cast("Tensor", self.cmp.multiplier.grad).div_(batches)
-                self.dual_step()
-            self.primal_step()
-            self.cmp.step += 1
-            self._skipped_in_a_row = 0
-        return self._report(RollOut(everywhere, state, primal, dual), skipped=False)
+        with torch.no_grad():
+            if last:
+                self._average_gammas()
+                if not self._clip():
+                    return self._skip(state, everywhere, "gradient not finite")
+                if not dual_first:
+                    cast("Tensor", self.cmp.multiplier.grad).div_(batches)
+                    self.dual_step()
+                self.primal_step()
+                self.cmp.step += 1
+                self._skipped_in_a_row = 0
+            return self._report(RollOut(everywhere, state, primal, dual), skipped=False)
 
     def _dual_gradient(self, state: CMPState, first: bool, dual_first: bool) -> LagrangianStore:
         """Return the dual Lagrangian; its gradient is left in the multipliers where this batch is to move them."""
@@ -520,7 +519,7 @@ class PrimalDual(ConstrainedOptimizer):
             violation = state.observed_constraints[self.cmp.relaxation].extract_violations()[1].detach()
             multiplier = self.cmp.multiplier
             if first and not self._settled:
-                multiplier.grad = violation.clone()
+                multiplier.grad = violation
             return LagrangianStore(torch.dot(multiplier.detach(), violation))
         store = state.compute_dual_lagrangian()
         lagrangian = cast("Tensor", store.lagrangian)
@@ -547,19 +546,20 @@ class PrimalDual(ConstrainedOptimizer):
         constraint, weight = self.cmp.constraint, self.cmp.multiplier
         if self.cmp.form == "proximal" and not isinstance(constraint, Resilient):
             left = max(math.floor((1 - self.polish) * self.steps) - self.step, 1)
-            rate = self._proximal.scale / (left * self._units() ** 2)
             # what its optimizer would do: gradient ascent, nothing else
             (dual,) = cast("list[torch.optim.Optimizer]", self.dual_optimizers)
-            weight.add_(cast("Tensor", weight.grad) * rate, alpha=dual.param_groups[0]["lr"]).relu_()
+            ascent = cast("Tensor", weight.grad) * self._proximal.scale
+            if isinstance(units := self._units(), Tensor):
+                ascent /= units.square()
+            weight.add_(ascent, alpha=dual.param_groups[0]["lr"] / left).relu_()
         else:
             super().dual_step()
         if isinstance(constraint, Bounded):
             # no wind-up: a multiplier that holds γ at 0, well inside of its bound, is too large
-            weight.masked_fill_(torch.cat(tuple(self.cmp.gammas)) == 0, 0.0)
+            weight.masked_fill_(torch.cat(self.cmp.gammas) == 0, 0.0)
 
-    @torch.no_grad()
     def primal_step(self) -> None:
-        """Descend on the weights, then on γ; retire the terms that have met their constraint for good."""
+        """Descend on γ, then on the weights; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
             for relaxation in self._held:
@@ -569,7 +569,7 @@ class PrimalDual(ConstrainedOptimizer):
             if self._wrapper is not None and optimizer is self._primal[0]:
                 self._wrapper.step()
             elif self.scaler is None:
-                optimizer.step()
+                optimizer.descend() if isinstance(optimizer, ProximalGradient) else optimizer.step()
             elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self.scaler.step(optimizer)
         if self.scaler is not None and self._wrapper is None:
@@ -621,9 +621,10 @@ class PrimalDual(ConstrainedOptimizer):
 
     def _done(self) -> Tensor:
         """Whether γ_i = 0 satisfies the optimality condition, or did so before; shape (layers,)."""
-        zero = torch.cat(tuple(self.cmp.gammas)) == 0
-        if not zero.any():
+        values = torch.cat(self.cmp.gammas)
+        if values.all():
             return self._off
+        zero = values == 0
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
         return (zero & optimal).cpu() | self._off
 
@@ -639,7 +640,6 @@ class PrimalDual(ConstrainedOptimizer):
         self._off = off
         self._settled = bool(off.all())
 
-    @torch.no_grad()
     def _average_gammas(self) -> None:
         """Average the gradients of γ over the processes, unless a wrapper of the model has done so."""
         if world_size() == 1 or self._wrapped:
@@ -659,14 +659,14 @@ class PrimalDual(ConstrainedOptimizer):
         norm = nn.utils.clip_grad_norm_(self._weights, self.clip)
         return self.scaler is not None or bool(norm.isfinite())  # the scaler skips such a step by itself
 
+    @torch.no_grad()
     def _skip(self, state: CMPState, loss: Tensor, reason: str) -> RollOut:
         self.skipped += 1
         self._skipped_in_a_row += 1
         self._micro_step = 0
         self.zero_grad()
         if self._before is not None:  # the update is dropped whole, its dual step too
-            with torch.no_grad():
-                self.cmp.multiplier.copy_(self._before)
+            self.cmp.multiplier.copy_(self._before)
         if self._skipped_in_a_row >= self.max_skipped:
             worst = max(self.cmp.relaxations.values(), key=lambda relaxation: relaxation.gamma.abs().item())
             raise NonFiniteLoss(
@@ -677,7 +677,6 @@ class PrimalDual(ConstrainedOptimizer):
         empty = state.compute_dual_lagrangian()
         return self._report(RollOut(loss, state, empty, empty), skipped=True)
 
-    @torch.no_grad()
     def _report(self, rollout: RollOut, skipped: bool) -> RollOut:
         observed = rollout.cmp_state.observed_constraints[self.cmp.relaxation]
         violation = observed.violation if self.cmp.excess is None else self.cmp.excess.sqrt() - 1
@@ -686,7 +685,7 @@ class PrimalDual(ConstrainedOptimizer):
             "step": self.step,
             "layers": self._layers,
             "constraints": self.cmp.names,
-            "gamma": torch.cat(tuple(self.cmp.gammas)).cpu(),
+            "gamma": torch.cat(self.cmp.gammas).cpu(),
             "violation": violation.detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
             "skipped": skipped,
@@ -799,7 +798,7 @@ def _check_optimizer(problem: Problem, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _take_out(optimizer: torch.optim.Optimizer, gammas: list[nn.Parameter]) -> None:
+def _take_out(optimizer: torch.optim.Optimizer, gammas: Iterable[nn.Parameter]) -> None:
     """Remove γ from an optimizer, so that its decay, clipping and schedule do not act on it."""
     special = {id(gamma) for gamma in gammas}
     for group in optimizer.param_groups:

@@ -60,13 +60,14 @@ class ProximalGradient(torch.optim.Optimizer):
         self.carry = carry
         self.units: Tensor | float = 1.0
         first = self._gammas[0]
-        size = torch.zeros(len(gammas), dtype=first.dtype, device=first.device)
-        self.state[first] = {"step": size, "mean": size.clone(), "square": size.clone()}
+        averages = first.detach().new_zeros(3, len(gammas))
+        averages[2] = _SMALLEST  # the weight of all gradients so far; positive, so that one can divide by it
+        self.state[first] = {"averages": averages}
         self._forget()
 
     @property
-    def _gammas(self) -> list[nn.Parameter]:
-        gammas: list[nn.Parameter] = self.param_groups[0]["params"]
+    def _gammas(self) -> list[Tensor]:
+        gammas: list[Tensor] = self.param_groups[0]["params"]
         return gammas
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,24 +78,21 @@ class ProximalGradient(torch.optim.Optimizer):
         """Drop what is kept from step to step but follows from the state."""
         self._scale: Tensor | None = None
         self._found: list[bool] = []
-        self._row: Tensor | None = None
-
-    def _average(self, name: str) -> Tensor:
-        state = self.state[self._gammas[0]]
-        average: Tensor = state[name] / (1 - self.param_groups[0]["decay"] ** state["step"].clamp_min(1.0))
-        return average
+        # of ∂J/∂γ_i, of its square and of 1, shape (3, layers); all began at 0
+        self._averages: Tensor = self.state[self._gammas[0]]["averages"]
+        self._mean, self._mean_square, self._weight_so_far = self._averages
 
     @property
     def scale(self) -> Tensor:
         """Running root mean square s_i of ∂J/∂γ_i, shape (layers,)."""
         if self._scale is None:
-            self._scale = self._average("square").sqrt().clamp_min(_SMALLEST)
+            self._scale = torch.div(self._mean_square, self._weight_so_far).sqrt_().clamp_min_(_SMALLEST)
         return self._scale
 
     @property
     def mean(self) -> Tensor:
         """Running mean of ∂J/∂γ_i, shape (layers,)."""
-        return self._average("mean")
+        return torch.div(self._mean, self._weight_so_far)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; ``set_to_none`` is what happens in any case."""
@@ -107,41 +105,47 @@ class ProximalGradient(torch.optim.Optimizer):
         """Update every γ; ``closure`` is not supported."""
         if closure is not None:
             raise NotImplementedError("a closure would evaluate the loss again; call backward before step()")
-        group, gammas = self.param_groups[0], self._gammas
-        state: dict[str, Any] = self.state[gammas[0]]
+        self.descend()
+
+    def descend(self) -> Tensor:
+        """Do what ``step`` does, for who has switched gradients off already; return the new γ, shape (layers,).
+
+        Hooks of the step are passed by: torch takes longer to see that there are none than the arithmetic takes.
+        """
+        lr, gammas = self.param_groups[0]["lr"], self._gammas
         gradient = self._gradient()
         before = self.scale
-        state["step"].add_(self._reached)
-        state["mean"].lerp_(gradient, self._weight)
-        state["square"].lerp_(gradient.square(), self._weight)
+        torch.mul(gradient, gradient, out=self._square)
+        self._averages.lerp_(self._now, self._weight)
         self._scale = None
         scale = self.scale
         if self.carry:
             self.multiplier.mul_(scale / before)
-        rate = group["lr"] / scale
-        limit = self.clip * scale
-        moved = torch.cat(tuple(gammas)) - rate * gradient.clamp(-limit, limit)
-        threshold = rate * self.multiplier
+        moved = torch.cat(gammas).sub_((gradient / scale).clamp_(-self.clip, self.clip), alpha=lr)
+        threshold = (self.multiplier / scale).mul_(lr)
         if isinstance(self.units, Tensor):
-            threshold = threshold * self.units
-        self._write(moved.sign() * (moved.abs() - threshold).clamp(0.0, self.cap))
+            threshold *= self.units
+        # what is left of x once the part within the threshold is taken off
+        torch.sub(moved, moved.clamp(-threshold, threshold), out=self._row).clamp_(-self.cap, self.cap)
+        torch._foreach_copy_(gammas, self._pieces)
+        return self._row
 
     def _gradient(self) -> Tensor:
         """Return ∂J/∂γ_i, 0 where there is none: a retired term keeps its averages and λ."""
         gradients = [gamma.grad for gamma in self._gammas]
         found = [gradient is not None for gradient in gradients]
         if found != self._found:
-            first = self._gammas[0]
-            self._found, self._reached = found, torch.tensor(found, dtype=first.dtype, device=first.device)
-            self._weight = (1 - self.param_groups[0]["decay"]) * self._reached
-            self._nothing = first.new_zeros(1)
-        return torch.cat([self._nothing if gradient is None else gradient for gradient in gradients])
+            self._allocate(found)
+        some = [self._nothing if gradient is None else gradient for gradient in gradients]
+        return torch.cat(some, out=self._first)
 
-    def _write(self, values: Tensor) -> None:
-        """Set every γ."""
-        if self._row is None or self._row.device != values.device:
-            self._row = values.clone()  # to cut a row anew in each step would cost as much as to write it
-            self._pieces = list(self._row.split(1))
-        else:
-            self._row.copy_(values)
-        torch._foreach_copy_(list(self._gammas), self._pieces)
+    def _allocate(self, found: list[bool]) -> None:
+        """Make what each step writes to: cut anew in each of them, it would cost as much as to write it."""
+        first = self._gammas[0].detach()
+        reached = torch.tensor(found, dtype=first.dtype, device=first.device)
+        self._found, self._nothing = found, first.new_zeros(1)
+        self._weight = (1 - self.param_groups[0]["decay"]) * reached
+        self._now = torch.stack((reached, reached, reached))
+        self._first, self._square, _ = self._now
+        self._row = torch.empty_like(reached)
+        self._pieces = list(self._row.split(1))

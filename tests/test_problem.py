@@ -512,7 +512,7 @@ def test_resilient_has_no_augmented_form():
 def test_violations_that_would_broadcast_are_refused():
     optimizer = training()
     problem = optimizer.cmp
-    problem.relaxation.multiplier.weight = nn.Parameter(torch.zeros(1))
+    problem.multiplier = nn.Parameter(torch.zeros(1))
     with pytest.raises(ShapeMismatch, match=r"violations of shape \(3,\) for multipliers of shape \(1,\)"):
         problem.compute_violations()
 
