@@ -20,7 +20,7 @@ from ace.calls import call, map_tensors
 from ace.errors import ConstraintNotMet
 from ace.probing import default_dtype
 from benchmarks.speed.models import SUBJECTS, Subject
-from benchmarks.speed.timing import interleaved, spread
+from benchmarks.speed.timing import interleaved, peak_memory, spread
 
 LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
 RATIOS = ("relaxed", "retired", "restored")
@@ -51,8 +51,10 @@ def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", 
         example = map_tensors(lambda tensor: tensor.to(device), subject.example)
         subject = replace(subject, model=subject.model.to(device), example=example)
         relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
-        times = interleaved(variants(subject, relaxed, compiled), rounds, steps, device)
-        rows.append(summarise(name, subject, relaxed, times))
+        functions = variants(subject, relaxed, compiled)
+        times = interleaved(functions, rounds, steps, device)
+        memory = {variant: peak_memory(functions[variant], device) for variant in ("strict", "relaxed")}
+        rows.append(summarise(name, subject, relaxed, times, memory))
         print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
     return pd.DataFrame(rows)
 
@@ -77,7 +79,9 @@ def variants(subject: Subject, relaxed: torch.nn.Module, compiled: bool = False)
     }
 
 
-def summarise(name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame) -> dict[str, object]:
+def summarise(
+    name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame, memory: dict[str, int]
+) -> dict[str, object]:
     """Return one row of the table: median ratio to the plain model, with the quartiles over the rounds."""
     plain = sum(parameter.numel() for parameter in subject.model.parameters())
     row: dict[str, object] = {
@@ -91,6 +95,8 @@ def summarise(name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.D
     }
     for variant in RATIOS:
         row[variant] = spread(times[variant] / times["strict"])
+    row["strict, MB"] = f"{memory['strict'] / 1e6:.1f}"
+    row["relaxed, memory"] = f"{memory['relaxed'] / memory['strict']:.2f}"
     return row | {"rounds": len(times), "torch": torch.__version__.split("+")[0]}
 
 

@@ -1,12 +1,14 @@
-"""Functions that take turns, round after round, so that a machine that slows down slows all of them."""
+"""What functions cost: time, taking turns so that a machine that slows down slows all of them, and memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(
@@ -38,6 +40,32 @@ def interleaved(
             row[name] = 1000 * (_now(device) - start) / steps
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
+    """Return how many bytes of tensors a call held at most, beyond those that were there before.
+
+    Args:
+        function: What to call; once to warm up, once to measure.
+        device: Where it works, ``cpu`` or ``cuda``.
+
+    Example:
+        >>> peak_memory(lambda: torch.zeros(1000).exp())
+        8000
+    """
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    # the public summaries add up what an operator allocated; a peak needs the order
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def _now(device: str) -> float:
