@@ -394,6 +394,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._skipped_in_a_row = 0
         self._micro_step = 0
         self._before: Tensor | None = None
+        self._stepped: Tensor | None = None  # γ after the step of this update, to gather it once
         self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
         self._held: list[Relaxation] = []  # those of these layers, where their terms are in the graph still
@@ -469,6 +470,7 @@ class PrimalDual(ConstrainedOptimizer):
         """
         if last is not None and self.accumulate > 1:
             raise AceError(f"update: last={last} with accumulate={self.accumulate}: only one of the two may count")
+        self._stepped = None
         first = self._micro_step == 0
         last = self._micro_step == self.accumulate - 1 if last is None else last
         # where it needs no batch, or a single one, the violation is known before the primal step
@@ -569,7 +571,10 @@ class PrimalDual(ConstrainedOptimizer):
             if self._wrapper is not None and optimizer is self._primal[0]:
                 self._wrapper.step()
             elif self.scaler is None:
-                optimizer.descend() if isinstance(optimizer, ProximalGradient) else optimizer.step()
+                if isinstance(optimizer, ProximalGradient):
+                    self._stepped = optimizer.descend().clone()
+                else:
+                    optimizer.step()
             elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self.scaler.step(optimizer)
         if self.scaler is not None and self._wrapper is None:
@@ -613,24 +618,28 @@ class PrimalDual(ConstrainedOptimizer):
             bound = (constraint.eps / torch.as_tensor(units)).expand(len(gammas))
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
+            self._stepped = None
         if not isinstance(constraint, Exact) or self._settled:
             return
         done = torch.ones_like(self._off) if polishing else self._done()
         if done is not self._off and not torch.equal(done, self._off):
             self._retire(done)
 
+    def _gamma(self) -> Tensor:
+        return torch.cat(self.cmp.gammas) if self._stepped is None else self._stepped
+
     def _done(self) -> Tensor:
         """Whether γ_i = 0 satisfies the optimality condition, or did so before; shape (layers,)."""
-        values = torch.cat(self.cmp.gammas)
-        if values.all():
+        gamma = self._gamma()
+        if gamma.all():
             return self._off
-        zero = values == 0
+        zero = gamma == 0
         optimal = self._proximal.mean.abs() <= self.cmp.multiplier * self._units()
         return (zero & optimal).cpu() | self._off
 
     def _retire(self, off: Tensor) -> None:
         """Hold these γ at 0 and take their terms out of the graph; the others are in it."""
-        keep, self._held = self._keep_in_graph, []
+        keep, self._held, self._stepped = self._keep_in_graph, [], None
         for relaxation, is_off in zip(self.cmp.relaxations.values(), off.tolist(), strict=True):
             relaxation.retired = relaxation.retired and is_off
             if is_off and not relaxation.retired:
@@ -685,7 +694,7 @@ class PrimalDual(ConstrainedOptimizer):
             "step": self.step,
             "layers": self._layers,
             "constraints": self.cmp.names,
-            "gamma": torch.cat(self.cmp.gammas).cpu(),
+            "gamma": self._gamma().cpu(),
             "violation": violation.detach().cpu(),
             "multiplier": self.cmp.multiplier.detach().clone().cpu(),
             "skipped": skipped,
