@@ -83,6 +83,7 @@ class RunConfig(Options):
         log_every: Steps between rows of loss, γ, violation and multiplier in the history.
         checkpoint_every: Steps between checkpoints; cannot change the result.
         threads: Number of threads of PyTorch.
+        device: ``cpu``, or ``cuda`` for a GPU for each process; the data and what is drawn stay on the CPU.
     """
 
     task: _one_of("task")  # type: ignore[valid-type]
@@ -101,6 +102,7 @@ class RunConfig(Options):
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(1000, gt=0)
     threads: int = Field(1, gt=0)
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -121,7 +123,8 @@ class RunConfig(Options):
 
     def identity(self) -> dict[str, Any]:
         """Return everything that can change the result, as plain values."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every"})
+        silent = {"checkpoint_every"} | ({"device"} if self.device == "cpu" else set())
+        return self.model_dump(mode="json", exclude=silent)
 
     def options(self) -> dict[str, Any]:
         """Return what can be swept, as columns of a table: dotted keys, lists and dictionaries as text.

@@ -20,7 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ace.errors import AceError
+from ace.errors import AceError, ConfigError
 from ace.history import replace_file
 from benchmarks.locks import holder, locked
 
@@ -89,6 +89,8 @@ class Processes:
         waiting = deque(runs)
         working: list[tuple[RunConfig, BaseProcess, float, str | None]] = []
         gpus = _visible_gpus()
+        if not gpus and any(config.device == "cuda" for config in runs):
+            raise ConfigError("runs have device: cuda, and torch sees no GPU here; device=cpu does without")
         try:
             while waiting or working:
                 while waiting and len(working) < self.jobs:

@@ -1,4 +1,4 @@
-"""Several processes that train one run, each on its part of every batch, as torchrun starts them."""
+"""Where a run is trained: in this process or several, as torchrun starts them, each with its part of every batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from ace.distributed import rank, world_size
-from ace.errors import AceError
+from ace.errors import AceError, ConfigError
 from benchmarks.tasks import Batch
 
 T = TypeVar("T")
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun started, for the while; without torchrun do nothing."""
+def joined(device: str) -> Iterator[None]:
+    """Be one of the processes that torchrun started, for the while; without torchrun a process alone.
+
+    Args:
+        device: ``cpu``, or ``cuda`` for a GPU of its own for each process of a machine.
+
+    Raises:
+        ConfigError: Torch does not see as many GPUs.
+    """
+    if device == "cuda":
+        _prepare_gpu()
     if not torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized():
         yield
         return
-    if _device().type == "cuda":
-        torch.cuda.set_device(_device())
     torch.distributed.init_process_group()  # gloo, and NCCL where there are GPUs
     try:
         yield
@@ -90,18 +97,22 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def move(model: nn.Module) -> nn.Module:
-    """Move a model to the GPU of this process, where torchrun started it and there is one for each; data stay.
+def move(model: nn.Module, device: str) -> nn.Module:
+    """Move a model to the GPU of this process, if it has one; data stay.
 
     From then on it takes its inputs there, and brings its outputs back.
+
+    Args:
+        model: The model.
+        device: ``cpu`` or ``cuda``.
     """
-    if not torch.distributed.is_initialized():
+    if device == "cpu":
         return model
-    device = _device()
+    gpu = torch.device(device, local_rank())
 
     def there(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         del module
-        return _to(device, args), _to(device, kwargs)
+        return _to(gpu, args), _to(gpu, kwargs)
 
     def back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         del module, args
@@ -109,12 +120,16 @@ def move(model: nn.Module) -> nn.Module:
 
     model.register_forward_pre_hook(there, with_kwargs=True)
     model.register_forward_hook(back)
-    return model.to(device)
+    return model.to(gpu)
 
 
-def _device() -> torch.device:
-    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return torch.device("cuda", local_rank()) if enough else torch.device("cpu")
+def _prepare_gpu() -> None:
+    needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if found < needed:
+        raise ConfigError(f"device is cuda: {needed} GPUs are needed here, torch sees {found}; device=cpu does without")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its results differ from run to run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.cuda.set_device(local_rank())
 
 
 def _to(device: torch.device, value: Any) -> Any:

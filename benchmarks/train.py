@@ -82,7 +82,7 @@ def run(config: RunConfig, folder: Path, progress: Progress | None = None, patie
         RunFailed: Anything else that ended the run: a non-finite loss, a full disk, a checkpoint of another
             configuration. As with the two before, the traceback is kept in ``error.txt``.
     """
-    with processes.joined(), ExitStack() as held:
+    with processes.joined(config.device), ExitStack() as held:
         writes = rank() == 0
         done = processes.from_first(
             processes.together(lambda: _enter(folder, config, held, patience) if writes else None)
@@ -210,7 +210,7 @@ class _Training:
         self.checkpoint = folder / "checkpoint.pt"
         self.task = task
         self.writes = rank() == 0
-        model = processes.move(build_model(config, self.task))
+        model = processes.move(build_model(config, self.task), config.device)
         self.method: Method = METHODS[config.method.name](config, model, self.task)
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.probe = next(self.task.batches("valid", PROBE)).inputs
@@ -344,6 +344,7 @@ class _Training:
         """Write the history so far, then the checkpoint: a resumed run cuts what the former has more."""
         if not self.writes:
             return
+        config = self.config
         self.history.flush()
         self.seconds["all"] = time.perf_counter() - self.started
         state = {
@@ -353,8 +354,9 @@ class _Training:
             "average": self.average,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if config.device == "cuda" else None,
         }
-        checkpoint.save(self.checkpoint, state, config=self.config.identity())
+        checkpoint.save(self.checkpoint, state, config=config.identity())
 
     def load(self) -> None:
         """Go back to the last checkpoint."""
@@ -364,6 +366,8 @@ class _Training:
         weights = _floating(self.method.model)
         self.average = {key: tensor.to(weights[key].device) for key, tensor in state["average"].items()}
         torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"])
 
     def select(self) -> None:
         """Load the weights that were best on the validation split."""

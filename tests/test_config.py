@@ -239,6 +239,13 @@ def test_every_configuration_of_the_repository_is_valid():
     assert find("suites", "smoke").parent.name == "suites"
 
 
+def test_the_device_is_part_of_the_identity_only_where_it_is_not_the_usual_one():
+    plain, gpu = load_run("nbody"), load_run("nbody", ["device=cuda"])
+    assert "device" not in plain.identity()
+    assert gpu.identity() == {**plain.identity(), "device": "cuda"}
+    assert {run.device for run in load_suite("paper").runs} == {"cuda"}
+
+
 @pytest.mark.parametrize("method", ["cr", "cr-norm", "projection"])
 def test_methods_that_need_irreps_are_refused_where_a_model_has_none(method, monkeypatch):
     monkeypatch.setitem(MODELS, "egnn", replace(MODELS["egnn"], read_types=None))

@@ -179,6 +179,15 @@ def test_a_worker_has_the_variables_and_the_threads_of_its_own(tmp_path, monkeyp
     assert '"config.threads": 2' in (tmp_path / config.folder / "log.txt").read_text()
 
 
+def test_runs_that_need_a_gpu_are_refused_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="torch sees no GPU here; device=cpu"):
+        run_suite([tiny("device=cuda")], tmp_path / "out", Processes(), print)
+    with pytest.raises(ConfigError, match="1 GPUs are needed here, torch sees 0; device=cpu does without"):
+        run(tiny("device=cuda"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_suites_in_one_folder_are_refused(tmp_path):
     with locked(tmp_path):
         for start in (lambda: run_suite([tiny()], tmp_path, Processes(), print), lambda: shell_commands([], tmp_path)):
