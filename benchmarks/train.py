@@ -290,9 +290,17 @@ class _Training:
         """
         relaxed, restored = self.measure("valid")
         error = self.errors_by_sample(self.probe, draws=1).square().mean().sqrt().item()
-        self.history.log(self.step, epoch, valid_relaxed=relaxed, valid_restored=restored, equivariance_error=error)
+        admitted = self.method.admits(error)
+        self.history.log(
+            self.step,
+            epoch,
+            valid_relaxed=relaxed,
+            valid_restored=restored,
+            equivariance_error=error,
+            admitted=float(admitted),
+        )
         value = relaxed if self.method.ships_relaxed else restored
-        rank = [0.0, value] if self.method.admits(error) else [1.0, error]
+        rank = [0.0, value] if admitted else [1.0, error]
         if math.isfinite(value) and rank < self.best["rank"]:
             weights = {key: tensor.detach().clone() for key, tensor in self.method.model.state_dict().items()}
             self.best = {"step": self.step, "value": value, "rank": rank, "model": weights}

@@ -7,13 +7,15 @@ import copy
 import pandas as pd
 import pytest
 import torch
+from runs import cache, tiny  # noqa: F401
 from torch import nn
 from toys import batches, network, regression
 
 import ace
 from benchmarks.speed import machinery
-from benchmarks.speed.accuracy import time_to_accuracy
+from benchmarks.speed.accuracy import runs, time_to_accuracy
 from benchmarks.speed.timing import interleaved
+from benchmarks.train import run
 
 
 def test_once_all_terms_are_retired_training_is_bitwise_that_of_the_plain_model():
@@ -55,6 +57,15 @@ def test_functions_take_turns():
     assert "".join(calls) == "ab" + 2 * "aabb"
     assert list(table) == ["a", "b"]
     assert len(table) == 2
+
+
+@pytest.mark.usefixtures("cache")
+def test_only_models_that_could_be_shipped_count_as_having_got_there(tmp_path):
+    """γ is at its end in the last fifth of the steps only."""
+    config = tiny("method=cosine-decay", "method.final=0.5")
+    run(config, tmp_path / config.folder)
+    [row] = runs(tmp_path).itertuples()
+    assert row.errors.index.tolist() == [20]
 
 
 @pytest.mark.parametrize(("errors", "reached", "seconds"), [([0.9, 0.4], 1, 10.0), ([0.9, 0.6], 0, None)])

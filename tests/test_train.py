@@ -226,6 +226,7 @@ def test_the_history_holds_no_clock_and_every_evaluation(tmp_path):
         "valid_relaxed",
         "valid_restored",
         "equivariance_error",
+        "admitted",
     }
     assert sorted(set(frame.loc[frame["quantity"] == "loss", "step"])) == [1, 4, 8, 12, 16, 20]
     assert sorted(set(frame.loc[frame["quantity"] == "valid_restored", "step"])) == [5, 10, 15, 20]

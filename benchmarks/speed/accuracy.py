@@ -1,7 +1,8 @@
 """``python -m benchmarks.speed.accuracy FOLDER``: processor seconds to the strict model's last validation error.
 
 Read from the runs that a suite wrote. For each task, model and seed, the error to reach is that of the strict run at
-its last evaluation; a run has reached it at the first evaluation at which what it would ship is as good.
+its last evaluation; a run has reached it at the first evaluation at which it has a model to ship that is as good: one
+that keeps its tolerance, or whose schedule has come to its end.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ def runs(folder: Path) -> pd.DataFrame:
         summary = json.loads(path.read_bytes())
         frame = ace.History.load(path.with_name("history.csv")).frame()
         relaxed = summary["test_shipped"] == summary["test_relaxed"] != summary["test_restored"]
-        shipped = frame[frame["quantity"] == ("valid_relaxed" if relaxed else "valid_restored")]
+        error, admitted = (
+            frame[frame["quantity"] == quantity].set_index("step")["value"]
+            for quantity in ("valid_relaxed" if relaxed else "valid_restored", "admitted")
+        )
         rows.append(
             {key: summary[key] for key in [*KEYS, "seed"]}
-            | {"errors": shipped.set_index("step")["value"], "seconds": summary["cpu_seconds_per_step"]}
+            | {"errors": error[admitted == 1], "seconds": summary["cpu_seconds_per_step"]}
         )
     if not rows:
         raise AceError(f"{folder}: no finished run in it; see: ace status {folder}")
