@@ -102,6 +102,8 @@ class Relaxation(nn.Module):
             self.sizes.append(
                 (change.to(exact).square().sum(), output.detach().to(exact).square().sum(), output.numel())
             )
+        if output.dtype == change.dtype == self.gamma.dtype:
+            return torch.addcmul(output, self.gamma, change)  # the line below in one pass over memory
         return output + (self.gamma * change).to(output.dtype)
 
     def retire(self, in_graph: bool = False) -> None:

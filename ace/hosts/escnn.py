@@ -39,33 +39,37 @@ register_container(enn.GeometricTensor, parts, rebuilt)
 register_motion(enn.GeometricTensor, moved)
 
 
-WIDE = 2**14
-"""Weights of a full convolution above which a linear term has a bottleneck, unless the user says otherwise: every
-weight acts once for each pixel, so that a full one costs what the steerable convolution beside it costs."""
 CHANNELS = 16
-"""Channels of the bottleneck."""
+"""Most channels that the kernel of a linear term reads and writes, unless the user says otherwise: its weights act once
+for each pixel, so that a full one costs what the steerable convolution beside it costs."""
 
 
 class Bottleneck(nn.Sequential):
-    """A linear map of patches in three convolutions: of 1 pixel down to few channels, of the kernel, of 1 pixel up."""
+    """A linear map of patches: of 1 pixel down to few channels, of the kernel, of 1 pixel up; what is narrow stays."""
 
     def __init__(self, layer: enn.R2Conv | enn.R3Conv) -> None:
         convolution = nn.Conv2d if layer.d == 2 else nn.Conv3d
         options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-        super().__init__(
-            convolution(layer.in_type.size, CHANNELS, 1, bias=False),
-            convolution(CHANNELS, CHANNELS, layer.kernel_size, bias=False, **options),
-            convolution(CHANNELS, layer.out_type.size, 1),
-        )
+        read, write = layer.in_type.size, layer.out_type.size
+        here, there = min(read, CHANNELS), min(write, CHANNELS)
+        down = [convolution(read, here, 1, bias=False)] if here < read else []
+        up = [convolution(there, write, 1)] if there < write else []
+        super().__init__(*down, convolution(here, there, layer.kernel_size, bias=not up, **options), *up)
         with torch.no_grad():
-            for parameter in self[2].parameters():
+            for parameter in self[-1].parameters():
                 parameter.mul_(START)
 
     @property
     def matrix(self) -> Tensor:
         """The map of one patch, shape (channels out, channels in · pixels of the kernel)."""
-        down, kernel, up = (cast("Tensor", layer.weight).flatten(2) for layer in self)
-        return torch.einsum("ob,bap,ac->ocp", up[..., 0], kernel, down[..., 0]).flatten(1)
+        weights = [cast("Tensor", layer.weight).flatten(2) for layer in self]
+        kernel = next(number for number, weight in enumerate(weights) if weight.shape[2] > 1)
+        matrix = weights[kernel]
+        for down in weights[:kernel]:
+            matrix = torch.einsum("oap,ac->ocp", matrix, down[..., 0])
+        for up in weights[kernel + 1 :]:
+            matrix = torch.einsum("ob,bcp->ocp", up[..., 0], matrix)
+        return matrix.flatten(1)
 
 
 class ConvolutionTerm(nn.Module):
@@ -74,8 +78,8 @@ class ConvolutionTerm(nn.Module):
     .. math:: f_\mathrm{neq}(x)_p = \mathrm{map}(x_{p + \Delta},\ \Delta \in \mathrm{kernel})
 
     Kernel size, stride, padding and dilation are the layer's; all channels of the patch are read and all channels
-    of the pixel written, whatever the fields and ``groups`` of the layer. Where a full convolution had more than 2¹⁴
-    weights, the default map is a ``Bottleneck``.
+    of the pixel written, whatever the fields and ``groups`` of the layer. Where it reads or writes more than 16
+    channels, the default map is a ``Bottleneck``.
 
     Args:
         layer: The convolution.
@@ -91,7 +95,8 @@ class ConvolutionTerm(nn.Module):
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.feature_axes = {("tensor",): (1,)}
         sizes = layer.in_type.size * layer.kernel_size**layer.d, layer.out_type.size
-        wide = make is linear_or_low_rank and sizes[0] * sizes[1] > WIDE
+        wide = max(layer.in_type.size, layer.out_type.size) > CHANNELS and layer.kernel_size > 1
+        wide &= make is linear_or_low_rank
         self.map = Bottleneck(layer) if wide else make(*sizes)
 
     def forward(self, input: enn.GeometricTensor) -> dict[str, Tensor]:  # noqa: A002 (the name the layers use)

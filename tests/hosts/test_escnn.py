@@ -17,7 +17,7 @@ from escnn import nn as enn
 import ace
 from ace.calls import parts_of, rebuild
 from ace.errors import ConstraintNotMet
-from ace.hosts.escnn import moved
+from ace.hosts.escnn import CHANNELS, moved
 from ace.terms import START, matrix_of
 from ace.testing import HostTests
 
@@ -219,17 +219,19 @@ def test_term_of_low_rank():
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "dilation": 2, "padding_mode": "circular"}])
-def test_term_of_a_wide_convolution_is_a_bottleneck_that_breaks_every_turn(options):
+@pytest.mark.parametrize("sizes", [(16, 16), (1, 16), (16, 1)])
+def test_term_of_a_wide_convolution_is_a_bottleneck_that_breaks_every_turn(options, sizes):
     space = gspaces.rot2dOnR2(4)
-    fields = enn.FieldType(space, 16 * [space.regular_repr])
-    layer = enn.R2Conv(fields, fields, kernel_size=3, **options).train()
-    x = fields(torch.randn(2, fields.size, 9, 9))
+    reads, fields = (enn.FieldType(space, count * [space.regular_repr]) for count in sizes)
+    layer = enn.R2Conv(reads, fields, kernel_size=3, **options).train()
+    x = reads(torch.randn(2, reads.size, 9, 9))
     term = ace.relax(layer).relaxation.term
-    assert sum(p.numel() for p in term.parameters()) < 9 * fields.size**2 / 4
-    kernel = matrix_of(term).unflatten(1, (fields.size, 3, 3))
+    assert sum(p.numel() for p in term.parameters()) < 9 * reads.size * fields.size
+    assert len(term.map) == sum(4 * count > CHANNELS for count in sizes) + 1
+    kernel = matrix_of(term).unflatten(1, (reads.size, 3, 3))
     padding = layer.padding if layer.padding_mode == "zeros" else 0
     expected = nn.functional.conv2d(
-        x.tensor, kernel, term.map[2].bias, stride=layer.stride, dilation=layer.dilation, padding=padding
+        x.tensor, kernel, term.map[-1].bias, stride=layer.stride, dilation=layer.dilation, padding=padding
     )
     torch.testing.assert_close(term(x)["tensor"], expected, rtol=1e-4, atol=1e-5)
     for turn in (1, 2, 3):
