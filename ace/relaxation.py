@@ -208,11 +208,13 @@ def relax(
         relaxation.train(layer.training)
         layer.add_module(NAME, relaxation)
         layer.register_forward_hook(relaxation.hook, with_kwargs=True)
+        _mark(layer)
     if planned.positions is not None:
         planned.positions.value = None
         model.add_module(POSITIONS, planned.positions)
         model.register_forward_pre_hook(planned.positions.capture, with_kwargs=True)
         model.register_forward_hook(planned.positions.follow)
+        _mark(model)
     return model
 
 
@@ -550,8 +552,18 @@ def _require(model: nn.Module) -> dict[str, Relaxation]:
     return attached
 
 
+def _mark(layer: nn.Module) -> None:
+    """Keep the compiler from running a layer with hooks by the code of one without.
+
+    Code that was compiled for one model serves all that pass its guards. They look at no hooks, so that a relaxed copy
+    of a compiled model would silently run without its terms; but they do look for a ``forward`` of the instance.
+    """
+    if not isinstance(layer, torch.jit.ScriptModule | torch.fx.GraphModule):  # these replace their own
+        layer.__dict__.setdefault("forward", layer.forward)
+
+
 def _detach(layer: nn.Module, name: str) -> None:
-    """Remove a child module and the hooks that are its bound methods."""
+    """Remove a child module, the hooks that are its bound methods, and the mark."""
     child = getattr(layer, name)
     for hooks, flags in (
         (layer._forward_hooks, (layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called)),
@@ -562,6 +574,8 @@ def _detach(layer: nn.Module, name: str) -> None:
             for flag in flags:
                 flag.pop(key, None)
     delattr(layer, name)
+    if getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward:
+        del layer.__dict__["forward"]
 
 
 @torch.no_grad()

@@ -572,6 +572,26 @@ def test_compiled_model_follows_retire_and_restore():
     torch.testing.assert_close(compiled(x), plain)
 
 
+@pytest.mark.parametrize("first", ["plain", "relaxed"])
+def test_compiled_code_of_a_plain_copy_is_not_run_in_place_of_the_relaxed_one(first):
+    x = torch.randn(5, 4)
+    plain = network()
+    relaxed = ace.relax(copy.deepcopy(plain), layers=nn.Linear, example=x)
+    expected = {"plain": plain(x), "relaxed": relaxed(x)}
+    torch._dynamo.reset()
+    compiled = {
+        name: torch.compile(model, fullgraph=True, backend="aot_eager")
+        for name, model in (("plain", plain), ("relaxed", relaxed))
+    }
+    for name in (first, "relaxed", "plain", "relaxed"):
+        torch.testing.assert_close(compiled[name](x), expected[name])
+    assert not torch.allclose(expected["plain"], expected["relaxed"])
+    for again in (copy.deepcopy(relaxed), pickle.loads(pickle.dumps(relaxed))):
+        torch.testing.assert_close(again(x), expected["relaxed"], rtol=0, atol=0)
+        assert all(m.forward.__self__ is m for m in again.modules())
+    assert not any("forward" in vars(m) for m in restore_quietly(relaxed).modules())
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at .grad
 def test_positions_are_traced_by_the_compiler():
     x = torch.randn(5, 3)
