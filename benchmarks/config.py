@@ -84,6 +84,7 @@ class RunConfig(Options):
         checkpoint_every: Steps between checkpoints; cannot change the result.
         threads: Number of threads of PyTorch.
         device: ``cpu``, or ``cuda`` for a GPU for each process; the data and what is drawn stay on the CPU.
+        compile: Whether the training steps run through ``torch.compile``; what it cannot compile runs as it is.
     """
 
     task: _one_of("task")  # type: ignore[valid-type]
@@ -103,6 +104,7 @@ class RunConfig(Options):
     checkpoint_every: int = Field(1000, gt=0)
     threads: int = Field(1, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
+    compile: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -123,8 +125,8 @@ class RunConfig(Options):
 
     def identity(self) -> dict[str, Any]:
         """Return everything that can change the result, as plain values."""
-        silent = {"checkpoint_every"} | ({"device"} if self.device == "cpu" else set())
-        return self.model_dump(mode="json", exclude=silent)
+        usual = {name for name in ("device", "compile") if getattr(self, name) == RunConfig.model_fields[name].default}
+        return self.model_dump(mode="json", exclude={"checkpoint_every", *usual})
 
     def options(self) -> dict[str, Any]:
         """Return what can be swept, as columns of a table: dotted keys, lists and dictionaries as text.

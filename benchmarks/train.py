@@ -227,6 +227,9 @@ class _Training:
             self.load()
         self.history.truncate(self.step)
         self.started = time.perf_counter() - self.seconds["all"]
+        if config.compile:
+            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+            self.method.model.compile()
 
     def run(self, progress: Progress | None) -> dict[str, Any]:
         """Take the remaining steps, then measure what is shipped."""
@@ -235,7 +238,8 @@ class _Training:
         finally:  # how a run ended is worth seeing, however it ended
             with suppress(NotWritten):
                 self.history.flush()
-        return self.summary()
+        with torch.compiler.set_stance("force_eager"):  # a few passes, in other sizes, in another precision
+            return self.summary()
 
     def train(self, progress: Progress | None) -> None:
         """Take the remaining steps."""
@@ -252,7 +256,7 @@ class _Training:
             self.history.append(record, epoch)
             last = self.step == config.steps
             if last or self.step % config.eval_every == 0:
-                with self.averaged():
+                with self.averaged(), torch.compiler.set_stance("force_eager"):
                     self.evaluate(epoch)
             if last or self.step % config.checkpoint_every == 0:
                 self.save()

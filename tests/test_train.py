@@ -215,6 +215,22 @@ def test_terms_retired_after_the_selected_step_act_again_in_the_summary(tmp_path
     assert summary["test_relaxed"] != summary["test_restored"] == summary["test_shipped"]
 
 
+@pytest.mark.slow  # compiling takes half a minute each
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
+@pytest.mark.parametrize("method", ["strict", "ace", "ace-resilient", "ace-tolerance", "cr", "remul"])
+def test_a_compiled_run_is_the_plain_one_to_rounding(tmp_path, method):
+    frames = {}
+    for compiled in (False, True):
+        config = tiny(f"method={method}", f"compile={compiled}".lower(), "steps=100", "eval_every=50")
+        summary = run(config, tmp_path / str(compiled))
+        assert summary["config.compile"] is compiled
+        frames[compiled] = ace.History.load(tmp_path / str(compiled) / "history.csv").frame()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    first = frames[False]["step"] <= 10  # before a rounding can decide when γ is 0
+    plain, compiled = (torch.tensor(frame.loc[first, "value"].to_numpy()) for frame in frames.values())
+    torch.testing.assert_close(plain, compiled, rtol=2e-3, atol=1e-5)
+
+
 def test_the_history_holds_no_clock_and_every_evaluation(tmp_path):
     run(tiny("method=ace", "log_every=4"), tmp_path)
     frame = ace.History.load(tmp_path / "history.csv").frame()

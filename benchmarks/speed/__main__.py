@@ -7,6 +7,7 @@ rounds, and compares with the committed tables: only ratios, since machines diff
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def check(rounds: int, names: list[str], folder: Path = FOLDER) -> list[str]:
 
     before = pd.read_csv(folder / "segnn.csv")
     now = segnn.measure(rounds)
-    pairs.append(("segnn, times as fast", *(median_of(t["times as fast"].iloc[0]) for t in (before, now))))
+    for column in (segnn.TIMES, segnn.COMPILED):
+        pairs.append((f"segnn, {column}", *(median_of(table[column].iloc[0]) for table in (before, now))))
     return moved(pairs)
 
 
@@ -93,6 +95,7 @@ def main() -> int:
         parser.error(f"unknown models {', '.join(unknown)}: choose of {', '.join(SUBJECTS)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch._logging.set_logs(dynamo=logging.ERROR)  # of the graph breaks; they are in the times
     if options.part == "check":
         lines = check(options.rounds, names)
         print("\n".join(lines) or f"no ratio moved by more than {TOLERANCE:.0%}")
