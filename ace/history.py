@@ -19,6 +19,7 @@ from ace.errors import AceError, DataError, NotWritten
 
 COLUMNS = ("step", "epoch", "layer", "quantity", "value")
 
+_START = "\0"  # where the step and epoch of a line go; no name holds it
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 _BUFFER = 1 << 13  # rows kept back before they are written: opening a file costs as much as a few steps
 _PER_LAYER = ("gamma", "violation", "multiplier")
@@ -310,12 +311,18 @@ def _lines(
     constraints: tuple[str, ...],
 ) -> str:
     """One step as text."""
-    start = f"{step},{'' if epoch is None else epoch},"
-    lines = [f"{start},loss,{loss.item()!r}\n"]
+    lines = [_template(("",), "loss", loss.dtype) % (loss.item(),)]
     for quantity, values in columns.items():
-        names = _fields(layers if quantity == "gamma" else constraints)
-        lines += [f"{start}{n},{quantity},{value!r}\n" for n, value in zip(names, values.tolist(), strict=True)]
-    return "".join(lines)
+        names = layers if quantity == "gamma" else constraints
+        lines.append(_template(names, quantity, values.dtype) % tuple(values.tolist()))
+    return "".join(lines).replace(_START, f"{step},{'' if epoch is None else epoch},")
+
+
+@functools.lru_cache(maxsize=64)
+def _template(names: tuple[str, ...], quantity: str, dtype: torch.dtype) -> str:
+    """Lines of a quantity with places for its values: a thousand layers have thousands of them in each step."""
+    exact = "%r" if dtype == torch.float64 or not dtype.is_floating_point else "%.9g"  # enough digits for float32
+    return "".join(f"{_START}{name},{quantity},".replace("%", "%%") + f"{exact}\n" for name in _fields(names))
 
 
 def _joined(quantity: str, layer: str) -> str:

@@ -181,11 +181,30 @@ def test_rows_of_a_rollout(tmp_path):
         of_step = frame[frame["step"] == step]
         loss = of_step[of_step["quantity"] == "loss"]
         assert loss["layer"].tolist() == [""]
-        assert loss["value"].tolist() == [misc["task_loss"].item()]
+        assert torch.equal(column(loss, misc["task_loss"]), misc["task_loss"].reshape(1))
         for quantity in ("gamma", "violation", "multiplier"):
             of_quantity = of_step[of_step["quantity"] == quantity]
             assert of_quantity["layer"].tolist() == list(misc["layers"])
-            assert of_quantity["value"].tolist() == misc[quantity].tolist()
+            assert torch.equal(column(of_quantity, misc[quantity]), misc[quantity])
+
+
+def column(rows, like):
+    """The values in the precision in which they were recorded: none of their bits is lost."""
+    return torch.tensor(rows["value"].to_numpy(), dtype=like.dtype)
+
+
+def test_names_and_numbers_of_every_kind_survive(tmp_path):
+    names = ("100%", "%s", 'a"b', "a,b", "{0}")
+    values = torch.tensor([1e-38, -0.1, float("inf"), float("nan"), 16777217.0])
+    misc = {"step": 1, "task_loss": torch.tensor(3.0), "layers": names, "gamma": values}
+    history = History(tmp_path / "history.csv")
+    history.append(SimpleNamespace(cmp_state=SimpleNamespace(misc=misc)))
+    history.append(SimpleNamespace(cmp_state=SimpleNamespace(misc={**misc, "step": 2, "gamma": values.double() / 3})))
+    history.flush()
+    gamma = History.load(tmp_path / "history.csv").frame().query("quantity == 'gamma'")
+    assert gamma["layer"].tolist() == 2 * list(names)
+    torch.testing.assert_close(column(gamma[:5], values), values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(column(gamma[5:], values.double()), values.double() / 3, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_rollout_without_multipliers():
