@@ -125,8 +125,7 @@ class RunConfig(Options):
 
     def identity(self) -> dict[str, Any]:
         """Return everything that can change the result, as plain values."""
-        usual = {name for name in ("device", "compile") if getattr(self, name) == RunConfig.model_fields[name].default}
-        return self.model_dump(mode="json", exclude={"checkpoint_every", *usual})
+        return self.model_dump(mode="json", exclude={"checkpoint_every", *self._usual()})
 
     def options(self) -> dict[str, Any]:
         """Return what can be swept, as columns of a table: dotted keys, lists and dictionaries as text.
@@ -135,12 +134,17 @@ class RunConfig(Options):
             >>> load_run("nbody", ["method=penalty", "method.weight=10"]).options()["config.method.weight"]
             10.0
         """
-        flat = _flatten(self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "seed"}), "")
+        unswept = {"checkpoint_every", "log_every", "seed", *self._usual()}
+        flat = _flatten(self.model_dump(mode="json", exclude=unswept), "")
         return {
             OPTION + ".".join(key): value if isinstance(value, bool | int | float | str | None) else json.dumps(value)
             for key, (value, _) in flat.items()
             if key[-1] != "name"
         }
+
+    def _usual(self) -> set[str]:
+        """Options that came later and are left out where they change nothing: a run stays the same run."""
+        return {name for name in ("device", "compile") if getattr(self, name) == RunConfig.model_fields[name].default}
 
     @property
     def hash(self) -> str:

@@ -53,9 +53,6 @@ CALIBRATION = 10
 MEASURED = 400
 """Samples in the measurement by sample of the shipped model, at most, each moved by four elements."""
 
-SWEPT = ("eps", "rho", "measure", "weight", "final", "controller", "options")
-"""Options of methods that trade the task against the symmetry, or say what decides about it."""
-
 Progress = Callable[[int], None]
 
 
@@ -411,9 +408,6 @@ class _Training:
             "task": config.task.name,
             "model": config.model.name,
             "method": config.method.name,
-            "setting": ", ".join(
-                f"{key}={value}" for key, value in config.method if key in SWEPT and value != "strength"
-            ),
             "seed": config.seed,
             "steps": config.steps,
             "selected_step": self.best["step"],

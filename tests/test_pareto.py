@@ -8,14 +8,12 @@ from benchmarks.studies import pareto
 
 
 def runs(method, points, seeds=(0, 1)):
-    """Rows of a method: setting -> (error, test error of seed 0); that of seed 1 is twice as large."""
+    """Rows of a method: value of its option -> (error, test error of seed 0); that of seed 1 is twice as large."""
     return pd.DataFrame(
         {
             "task": "broken",
             "model": "vector",
             "method": method,
-            "setting": setting,
-            "value": float(setting.partition("=")[2] or 0),
             "seed": seed,
             "steps": 10,
             "equivariance_rms": error,
@@ -23,26 +21,28 @@ def runs(method, points, seeds=(0, 1)):
             "test_shipped": test * (1 + seed),
             "cpu_ms_per_step": 1.0,
         }
-        for setting, (error, test) in points.items()
+        | ({} if value is None else {f"config.method.{OPTIONS[method]}": value})
+        for value, (error, test) in points.items()
         for seed in seeds
     )
 
 
-STRICT = runs("strict", {"": (1e-7, 4.0)})
-PENALTY = runs("penalty", {"weight=1": (0.2, 1.0), "weight=2": (0.1, 2.0), "weight=9": (0.01, 3.0)})
+OPTIONS = {"penalty": "weight", "ace-tolerance": "eps"}
+STRICT = runs("strict", {None: (1e-7, 4.0)})
+PENALTY = runs("penalty", {1: (0.2, 1.0), 2: (0.1, 2.0), 9: (0.01, 3.0)})
 
 
 def joined(*frames):
-    return pareto.complete(pd.concat(frames, ignore_index=True))
+    return pareto.complete(pareto.priced(pd.concat(frames, ignore_index=True)))
 
 
 def test_seeds_are_compared_with_strict_training_from_the_same_seed():
     frame = joined(STRICT, PENALTY)
-    assert frame.groupby("setting")["relative"].agg(["min", "max"]).loc["weight=1"].tolist() == [0.25, 0.25]
+    assert frame.groupby("setting")["relative"].agg(["min", "max"]).loc["penalty, weight=1"].tolist() == [0.25, 0.25]
 
 
 def test_a_seed_of_which_a_setting_is_missing_does_not_count():
-    frame = joined(STRICT, runs("penalty", {"weight=1": (0.2, 1.0)}, seeds=(1,)))
+    frame = joined(STRICT, runs("penalty", {1: (0.2, 1.0)}, seeds=(1,)))
     assert set(frame["seed"]) == {1}
     assert len(frame) == 2
 
@@ -58,7 +58,7 @@ def test_fronts_are_joined_where_settings_are_near():
 
 
 def test_the_table_counts_the_kept_tolerances_and_names_the_best_rival():
-    frame = joined(STRICT, PENALTY, runs("ace-tolerance", {"eps=0.1": (0.1, 1.0), "eps=0.05": (0.06, 3.6)}))
+    frame = joined(STRICT, PENALTY, runs("ace-tolerance", {0.1: (0.1, 1.0), 0.05: (0.06, 3.6)}))
     *_, loose, tight = sorted(pareto.tolerances(frame).splitlines()[2:], reverse=True)
     assert loose.startswith("| 0.1 | 2 of 2 | 0.1 | 0.1 | 0.2 | 1.5 | 0.250 ± 0 | 0.500 (penalty) |")
     assert tight.startswith("| 0.05 | 0 of 2 | 0.06 |")
@@ -72,11 +72,11 @@ def test_a_figure_shows_every_method(tmp_path):
 
 def test_runs_of_a_second_folder_join_those_of_the_first(tmp_path):
     def write(folder, seed):
-        for method, error, setting in (("strict", 1e-7, ""), ("ace-tolerance", 0.04, "eps=0.05")):
+        for method, error, option in (("strict", 1e-7, {}), ("ace-tolerance", 0.04, {"config.method.eps": 0.05})):
             run = tmp_path / folder / f"{method}{seed}"
             run.mkdir(parents=True)
             (run / "config.yaml").write_text("")
-            row = {"task": "broken", "model": "vector", "method": method, "seed": seed, "setting": setting, "steps": 10}
+            row = {"task": "broken", "model": "vector", "method": method, "seed": seed, "steps": 10, **option}
             row |= {"equivariance_rms": error, "equivariance_p95": error, "test_shipped": 1.0 + seed}
             (run / "summary.json").write_text(json.dumps(row | {"cpu_seconds_per_step": 1e-3, "config_hash": run.name}))
 

@@ -71,7 +71,7 @@ def test_only_models_that_could_be_shipped_count_as_having_got_there(tmp_path):
 @pytest.mark.parametrize(("errors", "reached", "seconds"), [([0.9, 0.4], 1, 10.0), ([0.9, 0.6], 0, None)])
 def test_time_to_the_error_where_strict_ended(errors, reached, seconds):
     rows = [
-        {"task": "t", "model": "m", "method": method, "setting": "", "seed": seed, "errors": found, "seconds": 0.5}
+        {"task": "t", "model": "m", "method": method, "seed": seed, "errors": found, "seconds": 0.5}
         for method, seed, found in [
             ("strict", 0, pd.Series([0.7, 0.5], index=[10, 20])),
             ("ace", 0, pd.Series(errors, index=[10, 20])),

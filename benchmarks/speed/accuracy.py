@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 import ace
+from ace.comparison import OPTION, by_setting
 from ace.errors import AceError
-
-KEYS = ["task", "model", "method", "setting"]
+from ace.results import IDENTITY
 
 
 def runs(folder: Path) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def runs(folder: Path) -> pd.DataFrame:
             for quantity in ("valid_relaxed" if relaxed else "valid_restored", "admitted")
         )
         rows.append(
-            {key: summary[key] for key in [*KEYS, "seed"]}
+            {key: value for key, value in summary.items() if key in IDENTITY or key.startswith(OPTION)}
             | {"errors": error[admitted == 1], "seconds": summary["cpu_seconds_per_step"]}
         )
     if not rows:
@@ -52,20 +52,22 @@ def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The table; methods without a strict run of the same task, model and seed are left out.
     """
-    strict = found[found["method"] == "strict"]
-    targets = {(row.task, row.model, row.seed): row.errors.iloc[-1] for row in strict.itertuples()}
+    named, conditions = by_setting(found)
+    cases = ["task", "model", *conditions]
+    strict = named[named["method"] == "strict"]
+    targets = {tuple(row[[*cases, "seed"]]): row["errors"].iloc[-1] for _, row in strict.iterrows()}
     rows = []
-    for keys, group in found.groupby(KEYS, sort=False):
+    for keys, group in named.groupby([*cases, "method"], sort=False):
         seconds, compared = [], 0
-        for row in group.itertuples():
-            target = targets.get((row.task, row.model, row.seed))
+        for _, row in group.iterrows():
+            target = targets.get(tuple(row[[*cases, "seed"]]))
             if target is not None:
                 compared += 1
-                seconds += [step * row.seconds for step in row.errors.index[row.errors <= target][:1]]
+                seconds += [step * row["seconds"] for step in row["errors"].index[row["errors"] <= target][:1]]
         if compared:
             reached = pd.Series(seconds, dtype=float)
             rows.append(
-                dict(zip(KEYS, keys, strict=True))
+                dict(zip([*cases, "method"], keys, strict=True))
                 | {"runs": compared, "reached": len(reached), "seconds, median": round(reached.median(), 1)}
                 | {"least": round(reached.min(), 1), "most": round(reached.max(), 1)}
             )

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ace.comparison import OPTION, by_setting
 from ace.history import replace_file
-from ace.results import load_results
 from ace.tables import table
 from benchmarks.methods import METHODS
+from benchmarks.report import gather
 
 EXACT = 1e-5
 """An error below this is rounding."""
@@ -54,27 +55,38 @@ def report(folder: Path, out: Path) -> None:
         folder: Folder of the suite; runs of earlier folders that ``pareto.csv`` holds stay.
         out: Where to.
     """
-    runs = load_results(folder)
-    runs["run"] = [str(Path(run)) for run in runs["run"]]
-    runs["setting"] = runs["setting"].fillna("").astype(str)
+    runs = gather(out / "pareto.csv", folder)
+    replace_file(out / "pareto.csv", runs.to_csv(index=False, float_format="%.7g").encode())
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
-    if (out / "pareto.csv").exists():
-        old = pd.read_csv(out / "pareto.csv", keep_default_na=False, na_values=["nan"])
-        runs = pd.concat([old, runs], ignore_index=True).drop_duplicates("config_hash", keep="last")
-    order = {method: number for number, method in enumerate(METHODS)}
-    runs["value"] = runs["setting"].str.extract(r"=([\d.e-]+)")[0].astype(float).fillna(0.0)
-    runs = runs.sort_values([*PAIR, "method", "value", "seed"], key=lambda c: c.map(order) if c.name == "method" else c)
-    replace_file(out / "pareto.csv", runs.drop(columns="value").to_csv(index=False).encode())
     parts, kept = [], []
-    for (task, model), all_seeds in runs.groupby(PAIR, sort=False):
-        of_pair = complete(all_seeds)
-        named = of_pair.assign(method=[_name(*row) for row in of_pair[["method", "setting"]].itertuples(index=False)])
+    for (task, model), of_task in runs.groupby(PAIR, sort=False):
+        of_pair = complete(priced(of_task))
         parts += [f"### {task}, {model}\n", f"{of_pair['steps'].iloc[0]:,} steps.\n"]
-        parts += [table(named.rename(columns=COLUMNS), list(COLUMNS.values())), ""]
+        shown = of_pair.drop(columns=[column for column in of_pair if column.startswith(OPTION)])
+        columns = {"setting": "method", **COLUMNS}
+        parts += [table(shown.drop(columns="method").rename(columns=columns), list(COLUMNS.values())), ""]
         kept += [f"### {task}, {model}\n", tolerances(of_pair), ""]
         draw(of_pair, out / f"pareto-{task}-{model}.png")
     replace_file(out / "pareto.md", "\n".join(parts).encode())
     replace_file(out / "tolerance.md", "\n".join(kept).encode())
+
+
+def priced(runs: pd.DataFrame) -> pd.DataFrame:
+    """Tell the settings of each method apart.
+
+    Args:
+        runs: One row per run of one task and model, methods in order.
+
+    Returns:
+        The rows, with ``setting`` (the method with the option that was swept) and ``value`` (of that option, else 0),
+        in whose order they are within a method.
+    """
+    setting = by_setting(runs)[0]["method"]
+    value = pd.to_numeric(setting.str.rpartition("=")[2], errors="coerce").fillna(0.0)
+    order = {method: number for number, method in enumerate(runs["method"].unique())}
+    return runs.assign(setting=setting, value=value).sort_values(
+        ["method", "value", "seed"], key=lambda column: column.map(order) if column.name == "method" else column
+    )
 
 
 def complete(runs: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +116,7 @@ def tolerances(runs: pd.DataFrame) -> str:
         "| best rival at this error, relative to strict |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for value, of_value in ours.groupby("value"):
+    for value, of_value in ours.groupby(f"{OPTION}method.eps"):
         error, relative = of_value["equivariance_rms"], of_value["relative"]
         reached = {rival: at_error(runs[runs["method"] == rival], error.mean()) for rival in rivals}
         best = min(reached, key=reached.__getitem__)
@@ -176,10 +188,6 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     ax.annotate("exact", (edge, 1.0), xycoords=("data", "axes fraction"), ha="left", va="bottom", fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path)
-
-
-def _name(method: str, setting: str) -> str:
-    return f"{method}, {setting}" if setting else method
 
 
 if __name__ == "__main__":
