@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ace import plotting
-from ace.comparison import OPTION, by_setting, compare, rank
+from ace.comparison import by_setting, compare, rank
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY, load_histories, load_results, status
@@ -98,10 +98,7 @@ def gather(path: Path, folder: Path | None) -> pd.DataFrame:
     runs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     if runs.empty:
         raise AceError(f"no runs: there is no {path}, and no folder with runs was given")
-    frames = [frame for frame in frames if len(frame)]
-    recorded = [column for frame in frames for column in frame if column.startswith(OPTION)]
-    same = [*IDENTITY, *(column for column in dict.fromkeys(recorded) if recorded.count(column) == len(frames))]
-    runs = runs.drop_duplicates(same, keep="last")
+    runs = runs.drop_duplicates("config_hash", keep="last")
     orders = {column: list(runs[column].unique()) for column in ("task", "model")} | {"method": list(METHODS)}
     by_place = {column: pd.Categorical(runs[column], values) for column, values in orders.items()}
     in_order = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index

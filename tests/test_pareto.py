@@ -4,6 +4,7 @@ import math
 import pandas as pd
 import pytest
 
+from ace.errors import AceError
 from benchmarks.studies import pareto
 
 
@@ -45,6 +46,11 @@ def test_a_seed_of_which_a_setting_is_missing_does_not_count():
     frame = joined(STRICT, runs("penalty", {1: (0.2, 1.0)}, seeds=(1,)))
     assert set(frame["seed"]) == {1}
     assert len(frame) == 2
+
+
+def test_without_strict_training_nothing_is_compared():
+    with pytest.raises(AceError, match="broken, vector: no run of strict training"):
+        joined(PENALTY)
 
 
 def test_fronts_are_joined_where_settings_are_near():

@@ -61,7 +61,7 @@ def test_a_run_replaces_the_same_one_of_an_earlier_folder(suite, tmp_path):
     [source] = (suite / "rates").glob("nbody-egnn/ace/*")
     again.mkdir()
     (again / "config.yaml").write_text("")
-    summary = json.loads((source / "summary.json").read_bytes()) | {"test_shipped": 7.0, "config_hash": "of today"}
+    summary = json.loads((source / "summary.json").read_bytes()) | {"test_shipped": 7.0}
     (again / "summary.json").write_text(json.dumps(summary))
     after = gather(tmp_path / "tiny.csv", again)
     assert len(after) == len(before)
@@ -69,6 +69,18 @@ def test_a_run_replaces_the_same_one_of_an_earlier_folder(suite, tmp_path):
     assert after[changed][["method", "seed", "config.lr"]].to_numpy().tolist() == [["ace", 0, 0.01]]
     with pytest.raises(AceError, match="no runs"):
         gather(tmp_path / "other.csv", None)
+
+
+def test_a_folder_without_the_option_that_was_swept_leaves_the_settings_apart(tmp_path):
+    """Runs of strict training know nothing of the weights of a penalty."""
+    identity = {"task": "nbody", "model": "egnn", "seed": 0, "status": "done"}
+    rows = [{**identity, "method": "penalty", "config.method.weight": w, "config_hash": f"p{w}"} for w in (1, 2)]
+    pd.DataFrame(rows).to_csv(tmp_path / "tiny.csv", index=False)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config.yaml").write_text("")
+    (tmp_path / "runs" / "summary.json").write_text(json.dumps({**identity, "method": "strict", "config_hash": "s"}))
+    frame = gather(tmp_path / "tiny.csv", tmp_path / "runs")
+    assert frame["config_hash"].tolist() == ["s", "p1", "p2"]
 
 
 def test_differences_to_strict_are_paired():

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ace.comparison import OPTION, by_setting
+from ace.errors import AceError
 from ace.history import replace_file
 from ace.tables import table
 from benchmarks.methods import METHODS
@@ -93,7 +94,12 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
     """Keep the seeds of which every setting is done, and compare each with strict training from the same seed.
 
     Seeds differ by more than methods do.
+
+    Raises:
+        AceError: There is no run of strict training.
     """
+    if "strict" not in set(runs["method"]):
+        raise AceError(f"{runs['task'].iloc[0]}, {runs['model'].iloc[0]}: no run of strict training to compare with")
     settings = runs.groupby("seed").size()
     runs = runs[runs["seed"].isin(settings.index[settings == settings.max()])]
     strict = runs[runs["method"] == "strict"].set_index("seed")["test_shipped"]
