@@ -49,6 +49,8 @@ DUAL_RATE = 2.0
 """κ_d: the dual rate times the planned steps, in the proximal form."""
 PRIMAL_RATE = 50.0
 """κ_γ: the rate of γ times the planned steps, in the proximal form."""
+PRICED_RATE = 5.0
+"""The same under ``Resilient``, where γ stays: how far each batch moves it is noise in the model that is shipped."""
 AUGMENTED_RATE = 10.0
 """Dual rate of the augmented form times the planned steps, in units of the penalty."""
 RESILIENT_RATE = 40.0
@@ -306,8 +308,8 @@ class PrimalDual(ConstrainedOptimizer):
 
     With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition
     :math:`|\mathrm{E}\,g_i| \le \lambda_i r_i`; those left are retired for the last ``polish`` share of the steps, in
-    which the restored model trains alone. With ``Resilient`` the slack is eliminated and λ_i stays in units of the
-    loss: :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`.
+    which the restored model trains alone. With ``Resilient`` the slack is eliminated, λ_i stays in units of the loss,
+    :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`, and κ_γ = 5.
 
     With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
     :math:`\lambda\,(r/\varepsilon)^2`, and dual ascent multiplies: :math:`\lambda \leftarrow \lambda\,
@@ -424,7 +426,9 @@ class PrimalDual(ConstrainedOptimizer):
             return [primal, gammas], torch.optim.SGD([multiplier], lr=AUGMENTED_RATE * penalty / steps, maximize=True)
         # only where λ drives γ to 0: at a bound or a price it must settle at a value in units of the loss
         carry = isinstance(problem.constraint, Exact)
-        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=carry)
+        priced = isinstance(problem.constraint, Resilient)
+        lr = (PRICED_RATE if priced else PRIMAL_RATE) / steps
+        gammas = ProximalGradient(problem.gammas, multiplier, lr=lr, carry=carry)
         if isinstance(problem.constraint, Resilient):
             rho = problem.constraint.rho
             rate = min(RESILIENT_RATE / steps, 1.0) * rho

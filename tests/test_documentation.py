@@ -167,6 +167,7 @@ def test_the_method_page_has_the_rates_of_the_code() -> None:
         rf"$\eta_d = {problem.AUGMENTED_RATE:g}c/T$",
         f"start at {terms.START:g} times",
         rf"\min(\tfrac{{{problem.RESILIENT_RATE:g}}}{{T}}, 1)",
+        rf"but $\kappa_\gamma = {problem.PRICED_RATE:g}$",
     ):
         assert fact in page.replace("\n", " "), fact
 
