@@ -159,7 +159,7 @@ def measure(rounds: int, layers: tuple[int, ...] = LAYERS) -> tuple[pd.DataFrame
     columns, medians = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for count in layers:
-            times = interleaved(variants(count, Path(folder)), rounds, max(2, 400 // count))
+            times = interleaved(variants(count, Path(folder)), rounds, max(8, 800 // count))
             over = 1000 * pd.DataFrame(
                 {name: times[name] - times[RETIRED if "retired" in name else PLAIN] for name in times.columns[2:]}
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -31,14 +32,20 @@ def interleaved(
     for function in functions.values():
         function()
     rows = []
-    for _ in range(rounds):
-        row = {}
-        for name, function in functions.items():
-            start = _now(device)
-            for _ in range(steps):
-                function()
-            row[name] = 1000 * (_now(device) - start) / steps
-        rows.append(row)
+    try:
+        for _ in range(rounds):
+            row = {}
+            gc.collect()
+            gc.disable()  # as timeit does: whom a collection hits is chance
+            for name, function in functions.items():
+                start = _now(device)
+                for _ in range(steps):
+                    function()
+                row[name] = 1000 * (_now(device) - start) / steps
+            gc.enable()
+            rows.append(row)
+    finally:
+        gc.enable()
     return pd.DataFrame(rows)
 
 
