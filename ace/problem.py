@@ -78,7 +78,6 @@ class Problem(ConstrainedMinimizationProblem):
         relaxations: Path of each relaxed layer to its ``Relaxation``.
         gammas: The relaxation strengths γ_i, parameters of shape (1,), in layer order.
         names: What is constrained: the paths of the layers, or the names of the groups.
-        multiplier: The multipliers λ, shape (names,), once posed.
         slack: The slacks u, shape (layers,), where the form has them as primal variables; else None.
         step: Number of updates done.
         divided: Whether each of several processes has its own part of the batch; set it to False for a batch that each
@@ -95,6 +94,9 @@ class Problem(ConstrainedMinimizationProblem):
         >>> list(problem.relaxations)
         ['']
     """
+
+    multiplier: nn.Parameter
+    """The multipliers λ, shape (names,), once posed."""
 
     def __init__(
         self,
