@@ -418,7 +418,7 @@ def test_command_line(tmp_path):
         "ace.cli",
         "diagnose",
         "broken",
-        "steps=80",
+        "steps=200",
         "task.strength=1.0",
         "task.valid=200",
     ]
