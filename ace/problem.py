@@ -426,15 +426,14 @@ class PrimalDual(ConstrainedOptimizer):
         if problem.form == "augmented":
             gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * AUGMENTED_RATE / (penalty * steps))
             return [primal, gammas], torch.optim.SGD([multiplier], lr=AUGMENTED_RATE * penalty / steps, maximize=True)
-        # only where λ drives γ to 0: at a bound or a price it must settle at a value in units of the loss
-        carry = isinstance(problem.constraint, Exact)
-        priced = isinstance(problem.constraint, Resilient)
-        lr = (PRICED_RATE if priced else PRIMAL_RATE) / steps
-        gammas = ProximalGradient(problem.gammas, multiplier, lr=lr, carry=carry)
         if isinstance(problem.constraint, Resilient):
             rho = problem.constraint.rho
+            gammas = ProximalGradient(problem.gammas, multiplier, lr=PRICED_RATE / steps)
             rate = min(RESILIENT_RATE / steps, 1.0) * rho
             return [primal, gammas], torch.optim.SGD([multiplier], lr=rate, weight_decay=1 / rho, maximize=True)
+        # only where λ drives γ to 0: at a bound it must settle at a value in units of the loss
+        carry = isinstance(problem.constraint, Exact)
+        gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=carry)
         return [primal, gammas], torch.optim.SGD([multiplier], lr=DUAL_RATE, maximize=True)
 
     def roll(self, batch: Any) -> RollOut:
