@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ace.comparison import OPTION, by_setting
 from ace.errors import AceError
@@ -31,6 +32,8 @@ COLUMNS = {
     "cpu_ms_per_step": "CPU ms/step",
 }
 PAIR = ["task", "model"]
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+"""Of the vertical axis, in each decade."""
 STYLE = {
     "strict": ("black", "*"),
     "ace": ("tab:red", "X"),
@@ -190,6 +193,9 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
         )
     ax.set(xscale="log", yscale="log", xlabel="equivariance error of the shipped model on test data (rms)")
     ax.set_ylabel("test error of the shipped model, relative to strict")
+    ax.yaxis.set_major_locator(LogLocator(subs=TICKS, numticks=20))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.axvline(4 * edge, color="0.7", linewidth=0.8, linestyle=":")
     ax.annotate("exact", (edge, 1.0), xycoords=("data", "axes fraction"), ha="left", va="bottom", fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
