@@ -53,10 +53,11 @@ def by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     swept = _varying(results, [column for column in map(str, results) if column.startswith(OPTION)])
     settings = [column for column in swept if column.startswith(f"{OPTION}method.")]
     names = results["method"].astype(str).copy()
-    for _, of_method in results.groupby("method", sort=False, observed=True):
+    for places in results.groupby("method", observed=True).indices.values():  # an index may have values twice
+        of_method = results.iloc[places]
         for column in _varying(of_method, settings):
             option = column.removeprefix(f"{OPTION}method.")
-            names.loc[of_method.index] += [f", {option}={written(value)}" for value in of_method[column]]
+            names.iloc[places] += [f", {option}={written(value)}" for value in of_method[column]]
     conditions = {column: column.removeprefix(OPTION) for column in swept if column not in settings}
     named = results.assign(method=names).rename(columns=conditions)
     for column in conditions.values():  # an option that other tasks do not have

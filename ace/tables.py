@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ace.comparison import LEVEL, by_setting, compare, written
+from ace.comparison import LEVEL, OPTION, by_setting, compare, written
 from ace.errors import AceError
 from ace.results import IDENTITY
 
@@ -35,7 +35,7 @@ def table(
 
     Args:
         results: One row per run, as ``load_results`` gives them; rows may be selected before. Tasks,
-            models and methods keep their order of appearance.
+            models and methods keep their order of appearance; settings of a method are in that of their values.
         metrics: Columns to compare, for all of which lower is better.
         format: ``markdown``; ``latex``, which needs the package booktabs; or ``csv``, with the unrounded
             mean, standard error and number of values of each metric in columns of their own.
@@ -165,8 +165,9 @@ def _statistics(
     named, conditions = by_setting(results)
     cases = [*_CASE, *conditions]
     _check_seeds(named, [*cases, "method", "seed"])
-    # categories sort the groups: conditions by their values, all else in order of appearance
-    order = {key: pd.Categorical(named[key], categories=named[key].unique()) for key in (*_CASE, "method")}
+    # categories sort the groups: options by their values, all else in order of appearance
+    order = {key: pd.Categorical(named[key], categories=named[key].unique()) for key in _CASE}
+    order["method"] = pd.Categorical(named["method"], categories=_methods(results, named["method"]))
     order |= {key: pd.Categorical(named[key], categories=sorted(named[key].unique(), key=_place)) for key in conditions}
     numbers = {metric: named[metric].astype(float) for metric in metrics}  # None, too, is a missing value
     grouped = named.assign(**order, **numbers).groupby([*cases, "method"], observed=True)
@@ -179,6 +180,14 @@ def _statistics(
             {"mean": of_metric.mean(), "error": of_metric.sem(), "n": of_metric.count(), "mark": marks}
         )
     return cases, size, found
+
+
+def _methods(results: pd.DataFrame, named: pd.Series[str]) -> list[str]:
+    """Names of the methods in order of appearance, those of one method by the values of its options."""
+    options = [column for column in map(str, results) if column.startswith(f"{OPTION}method.")]
+    values = {column: pd.to_numeric(results[column], errors="coerce").to_numpy() for column in options}
+    frame = pd.DataFrame({"method": pd.factorize(results["method"])[0], "name": named.to_numpy()} | values)
+    return list(frame.sort_values(["method", *options], kind="stable")["name"].unique())
 
 
 def _check_columns(results: pd.DataFrame, metrics: Sequence[str]) -> None:

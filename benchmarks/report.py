@@ -35,29 +35,30 @@ METRICS = {
 }
 """Columns of the tables; lower is better in all of them."""
 WIDE = {
-    "test_shipped": "Test error of the shipped model, relative to strict training with the same seed",
+    "test_shipped": "Test error of the shipped model, relative to {reference} with the same seed",
     "equivariance_rms": "Equivariance error of the shipped model on test data (root mean square over samples)",
-    "cpu_ms_per_step": "Processor time of a training step, relative to strict training with the same seed",
+    "cpu_ms_per_step": "Processor time of a training step, relative to {reference} with the same seed",
 }
 """Columns of the wide tables, and their headings."""
 TRAJECTORIES = ["ace", "ace-paper", "ace-resilient"]
 
 
-def report(name: str, out: Path, folder: Path | None = None) -> None:
+def report(name: str, out: Path, folder: Path | None = None, reference: str = "strict") -> None:
     """Write the files of a suite's page.
 
     Args:
         name: Name of the suite, with which the files begin.
         out: Where to; ``NAME.csv`` there may hold rows of earlier folders.
         folder: Folder of the suite's runs, if they are to be added. A run replaces the same one of an earlier folder.
+        reference: The method, with its setting where that was swept, to which the wide tables are relative.
     """
     out.mkdir(parents=True, exist_ok=True)
     runs = gather(out / f"{name}.csv", folder)
     replace_file(out / f"{name}.csv", runs.to_csv(index=False, float_format="%.7g").encode())
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
     _write(out / f"{name}-tables.md", _tables(runs))
-    _write(out / f"{name}-wide.md", _wide(runs))
-    scores = relative(runs, "test_shipped")
+    _write(out / f"{name}-wide.md", _wide(runs, reference))
+    scores = relative(runs, "test_shipped", reference)
     _write(out / f"{name}-wide.tex", wide_table(scores, format="latex"))
     _write(out / f"{name}-wide.csv", wide_table(scores, format="csv"))
     named, conditions = by_setting(runs)
@@ -151,12 +152,13 @@ def _tables(runs: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def _wide(runs: pd.DataFrame) -> str:
+def _wide(runs: pd.DataFrame, reference: str) -> str:
     parts = []
     for metric, heading in WIDE.items():
         if metric in runs:
-            shown = relative(runs, metric) if "relative" in heading else runs
-            parts += [f"### {heading}\n", wide_table(shown, metric), ""]
+            shown = relative(runs, metric, reference) if "relative" in heading else runs
+            named = "strict training" if reference == "strict" else reference
+            parts += [f"### {heading.format(reference=named)}\n", wide_table(shown, metric), ""]
     return "\n".join(parts)
 
 
@@ -195,8 +197,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("name", help="of the suite")
     parser.add_argument("out", type=Path, help="folder of the files, such as docs/results")
     parser.add_argument("--runs", type=Path, help="folder of the suite's runs")
+    parser.add_argument(
+        "--relative-to", default="strict", metavar="METHOD", help='"strict", or such as "ace, polish=0.2"'
+    )
     options = parser.parse_args(words)
-    report(options.name, options.out, options.runs)
+    report(options.name, options.out, options.runs, options.relative_to)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,18 @@ def test_a_swept_option_is_a_condition_and_has_a_figure(suite, tmp_path):
     assert [line.split("|")[3].strip() for line in text.splitlines()[2:]] == ["0.001", "0.001", "0.01", "0.01"]
 
 
+def test_numbers_may_be_relative_to_a_method_that_is_named(suite, tmp_path):
+    main(["tiny", str(tmp_path), "--runs", str(suite / "plain"), "--relative-to", "ace"])
+    page = (tmp_path / "tiny-wide.md").read_text()
+    assert "relative to ace with the same seed" in page
+    assert "strict training" not in page
+    by_method = pd.read_csv(tmp_path / "tiny-wide.csv", index_col="method").filter(like="mean")
+    assert by_method.loc["ace"].tolist() == [1.0]
+    assert by_method.loc["strict"].item() != 1.0
+    with pytest.raises(AceError, match="no run of 'cr'"):
+        main(["tiny", str(tmp_path), "--relative-to", "cr"])
+
+
 def test_a_run_replaces_the_same_one_of_an_earlier_folder(suite, tmp_path):
     main(["tiny", str(tmp_path), "--runs", str(suite)])
     before = gather(tmp_path / "tiny.csv", None)

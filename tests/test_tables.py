@@ -59,6 +59,17 @@ def test_options_that_differ_tell_runs_apart_and_those_of_a_method_are_in_its_na
     ] * 3
 
 
+def test_settings_of_a_method_are_in_the_order_of_their_values():
+    frame = swept()
+    extra = frame[frame["config.method.weight"] == 1].assign(**{"config.method.weight": 2.0})
+    for order in (1, -1):
+        rows = pd.concat([frame, extra][::order])
+        names = dict.fromkeys(row[3] for row in body(table(rows[rows["task"] == "mocap"], "test"))[2:])
+        weights = [name for name in names if name.startswith("penalty")]
+        assert weights == [f"penalty, weight={weight}" for weight in (1, 2, 10)]
+        assert next(iter(names)) == ("strict" if order == 1 else weights[0])  # methods in order of appearance
+
+
 def test_without_swept_options_nothing_is_added():
     frame = swept()
     frame = frame[(frame["config.lr"] == 1e-3) & frame["config.task.train"].isna()]
