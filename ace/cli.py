@@ -249,11 +249,11 @@ def table(
 
     ace table results/quick --wide --relative-to strict
     """
-    from ace import results, tables
+    from ace import comparison, results, tables
 
     frame, columns = results.load_results(folder), metrics.split(",")
     if relative_to is not None:
-        frame = tables.relative(frame, columns[0], relative_to)
+        frame = comparison.relative(frame, columns[0], relative_to)
     if wide:
         print(tables.wide_table(frame, columns[0], format.value), end="")
     else:
@@ -288,7 +288,9 @@ def plot(
 ) -> None:
     """Draw the learning curves of each task and model, and the trajectories of each method.
 
-    Of a suite that sweeps options such as lr or task.train, draw the test error against each of them.
+    comparison.png has all methods on all tasks at a glance: the test error relative to strict training, coloured by the
+    equivariance error. Where a suite swept options such as lr or task.train, the test error is drawn against each of
+    them instead of learning curves.
 
     [bold]Example:[/bold]  ace plot results/quick --out figures
     """
@@ -299,6 +301,14 @@ def plot(
         raise AceError(f"no run in {folder} is done, so there is nothing to plot; see: ace status {folder}")
     out = out or folder / "figures"
     out.mkdir(parents=True, exist_ok=True)
+    if "strict" in set(runs["method"]):
+        path = out / f"comparison.{suffix}"
+        try:
+            plotting.plot_comparison(runs, path)
+        except AceError as error:  # such as seeds that strict training does not have: the others can be drawn
+            typer.echo(f"{path} left out: {error}", err=True)
+        else:
+            print(path)
     for (task, model), of_pair in runs.groupby(["task", "model"]):
         for option in comparison.by_setting(of_pair)[1]:
             path = out / f"{task}-{model}-{option}.{suffix}"

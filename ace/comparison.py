@@ -81,6 +81,57 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def relative(results: pd.DataFrame, metric: str, to: str = "strict") -> pd.DataFrame:
+    """Divide a metric of each run by that of a reference method with the same seed, task and model.
+
+    Seeds differ by more than methods do, and tasks have units of their own.
+
+    Args:
+        results: One row per run, as ``load_results`` gives them.
+        metric: The column.
+        to: The reference method.
+
+    Returns:
+        The rows whose reference is there, with the ratio in the column.
+
+    Raises:
+        AceError: No run has a reference.
+
+    Example:
+        >>> results = pd.DataFrame(
+        ...     [("nbody", "egnn", method, seed, error * (1 + seed))
+        ...      for method, error in (("strict", 0.8), ("ace", 0.4)) for seed in range(2)],
+        ...     columns=["task", "model", "method", "seed", "test"])
+        >>> relative(results, "test")["test"].tolist()
+        [1.0, 1.0, 0.5, 0.5]
+    """
+    named, conditions = by_setting(results)
+    cases = [*_CASE, *conditions]
+    check_seeds(named, [*cases, "method", "seed"])
+    reference = named[named["method"] == to].set_index([*cases, "seed"])[metric].astype(float)
+    beside = reference.reindex(pd.MultiIndex.from_frame(named[[*cases, "seed"]])).to_numpy()
+    kept = results.assign(**{metric: results[metric].astype(float) / beside})[~np.isnan(beside)]
+    if kept.empty:
+        raise AceError(f"no run of {to!r} with the same task, model and seed stands beside any, so nothing is relative")
+    return kept
+
+
+def check_seeds(named: pd.DataFrame, run: Sequence[str]) -> None:
+    """Refuse two rows that are the same in the columns ``run``: their mean would mean nothing.
+
+    Raises:
+        AceError: There are such rows; it lists them.
+    """
+    twice = named[named.duplicated(run, keep=False)]
+    if not twice.empty:
+        columns = [*run, *twice.columns.intersection(["run"])]
+        lines = ["  " + " ".join(map(str, row)) for row in twice[columns].to_numpy()]
+        raise AceError(
+            f"these seeds appear more than once ({', '.join(columns)}), as runs of different "
+            "configurations do: select the rows of one configuration\n" + "\n".join(lines)
+        )
+
+
 def compare(
     results: pd.DataFrame,
     metric: str = "test_shipped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ace.comparison import Ranks, by_setting
+from ace.comparison import Ranks, by_setting, relative, written
 from ace.errors import AceError
 from ace.history import replace_file
 
@@ -67,6 +68,7 @@ _CURVES: dict[str, tuple[str, str, Any, float]] = {  # quantity -> label, colour
     "valid_restored": ("validation, restored", _COLOURS[0], "-", 1.4),
 }
 _NAMED_LAYERS = 8  # up to here every layer has its line in a legend; beyond, a colour bar over depth
+_EXACT = 1e-4  # an equivariance error below it is rounding
 _KEPT_NAME = 28  # characters of a layer's path in a legend: the end tells layers apart
 
 
@@ -387,6 +389,77 @@ def plot_ranks(ranks: Ranks, path: str | os.PathLike[str]) -> None:
             ax.plot([place, place, edge], [0, height, height], color="0.5", linewidth=0.8)
             ax.text(edge, height, f" {name}  {place:.2f} ", ha="right" if left else "left", va="center")
         _save(figure, path)
+
+
+def plot_comparison(
+    results: pd.DataFrame, path: str | os.PathLike[str], metric: str = "test_shipped", to: str = "strict"
+) -> None:
+    """Save a figure of all methods on all tasks: a metric relative to that of one method, coloured by symmetry.
+
+    A panel for each task and model, and for each condition that was swept; in it, for each method, the mean over the
+    seeds of the ratio to the reference with the same seed, and its standard error. The colour is the equivariance error
+    of the shipped models, in the mean over the seeds; those below 1e-4 are exactly equivariant but for rounding.
+
+    Args:
+        results: One row per run, as ``load_results`` gives them, with the column ``equivariance_rms``.
+        path: The image file, in a folder that exists; its suffix decides the format.
+        metric: The column to compare, lower is better; what is not finite is left out.
+        to: The reference method, as in ``ace.comparison.relative``.
+
+    Raises:
+        AceError: The format is unknown, a column is missing, or no run has a reference.
+        NotWritten: The file cannot be written.
+    """
+    path = _image_path(path)
+    absent = {metric, "equivariance_rms"} - set(results)
+    if absent:
+        raise AceError(f"no column {_listed(absent)} in the results")
+    named, conditions = by_setting(relative(results, metric, to))
+    methods = list(named["method"].unique())
+    cases = list(named.groupby(["task", "model", *conditions], sort=False, observed=True))
+    columns = min(len(cases), 4)
+    lines = math.ceil(len(cases) / columns)
+    norm, exact = LogNorm(_EXACT, 1.0, clip=True), "0.1"
+    with mpl.rc_context(_STYLE):
+        size = (1.6 + 2.3 * columns, 0.8 + lines * (0.7 + 0.17 * len(methods)))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for ax in axes.flat[len(cases) :]:
+            ax.axis("off")
+        for ax, (case, rows) in zip(axes.flat, cases, strict=False):
+            ratios = rows[metric].astype(float).replace([np.inf, -np.inf], np.nan).groupby(rows["method"])
+            errors = rows["equivariance_rms"].astype(float).groupby(rows["method"]).mean()
+            ax.axvline(1.0, color="0.6", linewidth=0.8)
+            for name, mean, error in zip(ratios.mean().index, ratios.mean(), ratios.sem().fillna(0.0), strict=True):
+                symmetric = errors[name] < _EXACT
+                colour = exact if symmetric else mpl.colormaps["plasma"](norm(errors[name]))
+                place, marker = methods.index(name), "D" if symmetric else "o"
+                ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)
+            _set_ratio_scale(ax)
+            names = [
+                str(value) if key in ("task", "model") else f"{key}={written(value)}"
+                for key, value in zip(["task", "model", *conditions], case, strict=True)
+                if value != ""
+            ]
+            ax.set_title("\n".join([" · ".join(names[:2]), *names[2:]]))
+        axes[0, 0].set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
+        figure.supxlabel(f"{metric}, relative to {to}", fontsize=10)
+        bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=axes, aspect=40, pad=0.02)
+        bar.set_label("equivariance error of the shipped model (black: exact)")
+        _save(figure, path)
+
+
+def _set_ratio_scale(ax: Axes) -> None:
+    """Logarithmic, with plain numbers that do not collide, and 1 in sight."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, 0.93), max(high, 1.08))
+    low, high = ax.get_xlim()
+    narrow = high < 3 * low
+    subs = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0)
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=subs))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _image_path(path: str | os.PathLike[str]) -> Path:

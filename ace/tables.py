@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
-from ace.comparison import LEVEL, OPTION, by_setting, compare, written
+from ace.comparison import LEVEL, OPTION, by_setting, check_seeds, compare, written
 from ace.errors import AceError
 from ace.results import IDENTITY
 
@@ -118,41 +117,6 @@ def wide_table(results: pd.DataFrame, metric: str = "test_shipped", format: Form
     return _layout(["method", *map(text, names.values())], rows, 1, format)
 
 
-def relative(results: pd.DataFrame, metric: str, to: str = "strict") -> pd.DataFrame:
-    """Divide a metric of each run by that of a reference method with the same seed, task and model.
-
-    Seeds differ by more than methods do, and tasks have units of their own.
-
-    Args:
-        results: As for :func:`table`.
-        metric: The column.
-        to: The reference method.
-
-    Returns:
-        The rows whose reference is there, with the ratio in the column.
-
-    Raises:
-        AceError: No run has a reference.
-
-    Example:
-        >>> results = pd.DataFrame(
-        ...     [("nbody", "egnn", method, seed, error * (1 + seed))
-        ...      for method, error in (("strict", 0.8), ("ace", 0.4)) for seed in range(2)],
-        ...     columns=["task", "model", "method", "seed", "test"])
-        >>> relative(results, "test")["test"].tolist()
-        [1.0, 1.0, 0.5, 0.5]
-    """
-    named, conditions = by_setting(results)
-    cases = [*_CASE, *conditions]
-    _check_seeds(named, [*cases, "method", "seed"])
-    reference = named[named["method"] == to].set_index([*cases, "seed"])[metric].astype(float)
-    beside = reference.reindex(pd.MultiIndex.from_frame(named[[*cases, "seed"]])).to_numpy()
-    kept = results.assign(**{metric: results[metric].astype(float) / beside})[~np.isnan(beside)]
-    if kept.empty:
-        raise AceError(f"no run of {to!r} with the same task, model and seed stands beside any, so nothing is relative")
-    return kept
-
-
 def _statistics(
     results: pd.DataFrame,
     metrics: Sequence[str],
@@ -164,7 +128,7 @@ def _statistics(
     _check_columns(results, metrics)
     named, conditions = by_setting(results)
     cases = [*_CASE, *conditions]
-    _check_seeds(named, [*cases, "method", "seed"])
+    check_seeds(named, [*cases, "method", "seed"])
     # categories sort the groups: options by their values, all else in order of appearance
     order = {key: pd.Categorical(named[key], categories=named[key].unique()) for key in _CASE}
     order["method"] = pd.Categorical(named["method"], categories=_methods(results, named["method"]))
@@ -200,17 +164,6 @@ def _check_columns(results: pd.DataFrame, metrics: Sequence[str]) -> None:
     text = [metric for metric in text if results[metric].notna().any()]
     if text:
         raise AceError(f"not numbers: column {', '.join(text)}")
-
-
-def _check_seeds(named: pd.DataFrame, run: list[str]) -> None:
-    twice = named[named.duplicated(run, keep=False)]
-    if not twice.empty:
-        columns = [*run, *twice.columns.intersection(["run"])]
-        lines = ["  " + " ".join(map(str, row)) for row in twice[columns].to_numpy()]
-        raise AceError(
-            f"these seeds appear more than once ({', '.join(columns)}), as runs of different "
-            "configurations do: select the rows of one configuration\n" + "\n".join(lines)
-        )
 
 
 def _marks(named: pd.DataFrame, metric: str, cases: list[str], size: pd.Series[int]) -> list[Mark]:

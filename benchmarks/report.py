@@ -3,8 +3,9 @@
 ``python -m benchmarks.report quick docs/results --runs results/quick`` adds the runs of a folder to
 ``docs/results/quick.csv`` and writes what the page of that suite shows; without ``--runs`` it is built from the CSV
 alone. Files begin with the name of the suite: ``-tables.md`` (each task and model), ``-wide.md``, ``-wide.tex`` and
-``-wide.csv`` (a row a method), ``-ranks.md`` and ``-ranks.png``, ``-TASK-MODEL-OPTION.png`` for each swept option, and
-``-TASK-MODEL.png``, the curves, which need the histories of the runs.
+``-wide.csv`` (a row a method), ``-comparison.png`` (the same at a glance), ``-ranks.md`` and ``-ranks.png``,
+``-TASK-MODEL-OPTION.png`` for each swept option, and ``-TASK-MODEL.png``, the curves, which need the histories of the
+runs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ace import plotting
-from ace.comparison import by_setting, compare, rank
+from ace.comparison import by_setting, compare, rank, relative
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY, load_histories, load_results, status
-from ace.tables import relative, table, wide_table
+from ace.tables import table, wide_table
 from benchmarks.config import load_run
 from benchmarks.methods import METHODS
 
@@ -61,6 +62,8 @@ def report(name: str, out: Path, folder: Path | None = None, reference: str = "s
     scores = relative(runs, "test_shipped", reference)
     _write(out / f"{name}-wide.tex", wide_table(scores, format="latex"))
     _write(out / f"{name}-wide.csv", wide_table(scores, format="csv"))
+    if "equivariance_rms" in runs:
+        plotting.plot_comparison(runs, out / f"{name}-comparison.png", to=reference)
     named, conditions = by_setting(runs)
     try:
         ranks = rank(named, cases=["task", "model", *conditions])

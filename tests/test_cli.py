@@ -113,9 +113,8 @@ def test_plots_are_images_with_something_on_them(smoke, tmp_path):
     assert done.returncode == 0, done.stderr
     paths = sorted(tmp_path.glob("*.png"))
     assert sorted(done.stdout.split()) == [str(path) for path in paths]
-    assert {path.stem for path in paths} == {
-        f"nbody-egnn-{name}" for name in (*METHODS, "learning-curves", "equivariance-error")
-    }
+    of_pair = {f"nbody-egnn-{name}" for name in (*METHODS, "learning-curves", "equivariance-error")}
+    assert {path.stem for path in paths} == of_pair | {"comparison"}
     assert all(colours(path) > 20 for path in paths)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from ace import plotting
-from ace.comparison import by_setting, compare
+from ace.comparison import by_setting, compare, relative
 from ace.errors import AceError
-from ace.tables import relative, table, wide_table
+from ace.tables import table, wide_table
 
 
 def swept() -> pd.DataFrame:
@@ -152,3 +152,54 @@ def test_a_sweep_is_drawn_method_by_method():
         plotting.plot_sweep(of_task, "lr", "test", Figure().subplots())
     with pytest.raises(AceError, match="2 tasks"):
         plotting.plot_sweep(frame, "lr", "test", Figure().subplots())
+
+
+def test_all_methods_on_all_tasks_are_one_figure_with_ratios_and_colours_of_their_symmetry(tmp_path):
+    errors = {"strict": 1e-7, "ace": 2e-7, "unconstrained": 0.3}
+    rows = [
+        {"task": task, "model": "egnn", "method": method, "seed": seed, "equivariance_rms": errors[method]}
+        | {"test": (1 + seed) * scale * (0.5 if method == "unconstrained" else 1.0), "config.task.train": size}
+        for task, scale, sizes in (("nbody", 1e-3, (1.0,)), ("mocap", 40.0, (1.0, 2.0)))
+        for method in errors
+        for seed in range(3)
+        for size in sizes
+    ]
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plotting, "_save", lambda figure, path: drawn.update({path.name: figure}))
+        plotting.plot_comparison(pd.DataFrame(rows), tmp_path / "all.png", "test")
+    *panels, bar = drawn["all.png"].axes
+    assert "black: exact" in bar.get_ylabel()
+    assert [ax.get_title() for ax in panels] == [
+        "nbody · egnn\ntask.train=1",
+        "mocap · egnn\ntask.train=1",
+        "mocap · egnn\ntask.train=2",
+    ]
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names == list(errors)
+    for ax in panels:
+        points = {
+            names[int(y)]: (x, line)
+            for line in ax.lines
+            for x, y in [line.get_xydata()[0]]
+            if line.get_marker() != "None"
+        }
+        assert {name: x for name, (x, _) in points.items()} == {"strict": 1.0, "ace": 1.0, "unconstrained": 0.5}
+        assert {name: line.get_marker() for name, (_, line) in points.items()} == {
+            "strict": "D",
+            "ace": "D",
+            "unconstrained": "o",
+        }
+        assert points["strict"][1].get_color() == points["ace"][1].get_color() != points["unconstrained"][1].get_color()
+
+
+def test_a_comparison_is_saved_and_says_what_is_missing(tmp_path):
+    frame = swept().assign(equivariance_rms=0.1)
+    plotting.plot_comparison(frame, tmp_path / "all.svg", "test")
+    text = (tmp_path / "all.svg").read_text()
+    assert all(word in text for word in ("penalty, weight=10", "lr=0.01", "task.train=300", "relative to strict"))
+    with pytest.raises(AceError, match="no column equivariance_rms"):
+        plotting.plot_comparison(swept(), tmp_path / "no.svg", "test")
+    with pytest.raises(AceError, match="no run of 'cr'"):
+        plotting.plot_comparison(frame, tmp_path / "no.svg", "test", to="cr")
+    assert not (tmp_path / "no.svg").exists()
