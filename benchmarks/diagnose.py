@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import ace
 from benchmarks.config import RunConfig
-from benchmarks.methods.base import derived_seed
 from benchmarks.models import MODELS
+from benchmarks.seeds import derived_seed
 from benchmarks.tasks import Batch, Task
 from benchmarks.train import build_model, build_task
 

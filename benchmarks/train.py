@@ -40,8 +40,8 @@ from benchmarks import processes
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
 from benchmarks.methods import METHODS, Method
-from benchmarks.methods.base import derived_seed
 from benchmarks.models import MODELS
+from benchmarks.seeds import derived_seed
 from benchmarks.tasks import TASKS, Batch, Task
 
 ELEMENTS = 8

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from e3nn import o3
+from torch import nn
 
 import ace
 from ace.errors import ConfigError
+from benchmarks.config import load_run
 from benchmarks.models import MODELS
 from benchmarks.tasks.broken import DIRECTION as Z
 from benchmarks.tasks.broken import LAYERS, VECTORS, Broken
+from benchmarks.train import build_model, build_task
 
 SIZES = {"train": 30, "valid": 5, "test": 5}
 
@@ -52,6 +55,14 @@ def test_the_break_is_an_offset_after_its_layer():
     expected = task.teacher.readout(task.teacher.layers[2](shifted))
     torch.testing.assert_close(task.splits["valid"].target, expected)
     assert not task.offset[:, :2].any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_of_the_same_seed_does_not_start_as_the_teacher(seed):
+    config = load_run("broken", [f"seed={seed}", f"task.seed={seed}", *(f"task.{key}={n}" for key, n in SIZES.items())])
+    task = build_task(config)
+    own, taught = (nn.utils.parameters_to_vector(net.parameters()) for net in (build_model(config, task), task.teacher))
+    assert torch.corrcoef(torch.stack([own, taught]))[0, 1].abs() < 0.15  # 1,248 weights
 
 
 def test_data_depend_on_the_seed_only():

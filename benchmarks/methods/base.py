@@ -10,7 +10,6 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,11 +31,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-
-
-def derived_seed(*keys: int) -> int:
-    """Derive a seed; different keys give unrelated ones."""
-    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 class Method(ABC):

@@ -13,11 +13,12 @@ from torch import Tensor
 import ace
 from ace.distributed import total, total_sizes, world_size
 from ace.relaxation import measuring
-from benchmarks.methods.base import Unconstrained, derived_seed
+from benchmarks.methods.base import Unconstrained
 from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Relaxing
 from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer
+from benchmarks.seeds import derived_seed
 from benchmarks.tasks import Batch
 
 

@@ -16,7 +16,9 @@ import pandas as pd
 import ace
 from ace.comparison import OPTION, by_setting
 from ace.errors import AceError
+from ace.history import replace_file
 from ace.results import IDENTITY
+from benchmarks.methods import METHODS
 
 
 def runs(folder: Path) -> pd.DataFrame:
@@ -57,7 +59,8 @@ def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
     strict = named[named["method"] == "strict"]
     targets = {tuple(row[[*cases, "seed"]]): row["errors"].iloc[-1] for _, row in strict.iterrows()}
     rows = []
-    for keys, group in named.groupby([*cases, "method"], sort=False):
+    named["method"] = pd.Categorical(named["method"], [*dict.fromkeys([*METHODS, *named["method"]])])
+    for keys, group in named.groupby([*cases, "method"], observed=True):
         seconds, compared = [], 0
         for _, row in group.iterrows():
             target = targets.get(tuple(row[[*cases, "seed"]]))
@@ -74,16 +77,52 @@ def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def wide(table: pd.DataFrame) -> str:
+    """Return a Markdown table with a row a method and a column a task: the median time relative to strict training's.
+
+    In brackets, where not all: in how many of the runs the method got there. A dash: in none.
+
+    Args:
+        table: What ``time_to_accuracy`` returned.
+
+    Example:
+        >>> columns = ["task", "model", "method", "runs", "reached", "seconds, median"]
+        >>> rows = [("nbody", "egnn", "strict", 3, 3, 20.0), ("nbody", "egnn", "ace", 3, 2, 25.0)]
+        >>> print(wide(pd.DataFrame(rows, columns=columns)), end="")
+        | method | nbody egnn |
+        |---|---|
+        | strict | 1.00 |
+        | ace | 1.25 (2 of 3) |
+    """
+    cases = list(table.columns[: table.columns.get_loc("method")])
+    columns = {}
+    for case, rows in table.groupby(cases, sort=False):
+        of_method = rows.set_index("method")
+        reference = of_method["seconds, median"]["strict"]
+        columns[" ".join(str(value) for value in case if value != "")] = {
+            method: "–"
+            if row["reached"] == 0
+            else f"{row['seconds, median'] / reference:.2f}"
+            + (f" ({row['reached']} of {row['runs']})" if row["reached"] < row["runs"] else "")
+            for method, row in of_method.iterrows()
+        }
+    names = list(dict.fromkeys(table["method"]))
+    rows = [["method", *columns], *([name, *(cells.get(name, "") for cells in columns.values())] for name in names)]
+    head, *body = (f"| {' | '.join(row)} |\n" for row in rows)
+    return head + "|---" * len(rows[0]) + "|\n" + "".join(body)
+
+
 def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.accuracy", description=__doc__)
     parser.add_argument("folder", type=Path, help="results of a suite")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--out", type=Path, help="folder for accuracy.csv, and for accuracy.md relative to strict")
     options = parser.parse_args()
     table = time_to_accuracy(runs(options.folder))
     print(table.to_string(index=False))
     if options.out is not None:
-        table.to_csv(options.out, index=False)
+        replace_file(options.out / "accuracy.csv", table.to_csv(index=False).encode())
+        replace_file(options.out / "accuracy.md", wide(table).encode())
 
 
 if __name__ == "__main__":
