@@ -197,14 +197,14 @@ def test_the_model_collapses_only_if_the_norm_is_held_fixed(detached, steps, mon
 
 
 def test_a_quantile_is_kept():
-    task, model, _, _ = train(0.1, quantile=0.95)
+    task, model, _, _ = train(0.1, steps=1500, strength=1.0, quantile=0.95)
     assert 0.07 < held_out(task, model, quantile=0.95) <= 0.105
     assert held_out(task, model) < 0.075
 
 
 def test_a_slack_tolerance_costs_nothing():
-    task, model, optimizer, _ = train(0.1, strength=0.0)
-    assert held_out(task, model) < 0.1
+    task, model, optimizer, _ = train(0.5, strength=0.0)
+    assert held_out(task, model) < 0.3
     assert optimizer.cmp.multiplier.item() < 1e-5
 
 
