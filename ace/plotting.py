@@ -336,7 +336,7 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: str | os.PathLike[str]) -
 
         gram = np.array(diagnosis["rotations"])
         sizes = np.sqrt(np.clip([*np.diag(gram), *np.linalg.eigvalsh(gram)], 0, None))
-        found = ["least", "middle", "most"]
+        found = ["least", "mid", "most"]
         axes.bar(["x", "y", "z", *found], sizes, color=[_COLOURS[0]] * 3 + [_COLOURS[4]] * 3)
         axes.set(ylabel="Lie derivative", xlabel="about the axis")
 
