@@ -419,7 +419,7 @@ def plot_comparison(
     cases = list(named.groupby(["task", "model", *conditions], sort=False, observed=True))
     columns = min(len(cases), 4)
     lines = math.ceil(len(cases) / columns)
-    norm, exact = LogNorm(_EXACT, 1.0, clip=True), "0.1"
+    norm = LogNorm(_EXACT, 1.0, clip=True)
     with mpl.rc_context(_STYLE):
         size = (1.6 + 2.3 * columns, 0.8 + lines * (0.7 + 0.17 * len(methods)))
         figure = Figure(figsize=size, layout="constrained")
@@ -430,9 +430,9 @@ def plot_comparison(
             ratios = rows[metric].astype(float).replace([np.inf, -np.inf], np.nan).groupby(rows["method"])
             errors = rows["equivariance_rms"].astype(float).groupby(rows["method"]).mean()
             ax.axvline(1.0, color="0.6", linewidth=0.8)
-            for name, mean, error in zip(ratios.mean().index, ratios.mean(), ratios.sem().fillna(0.0), strict=True):
+            for name, mean, error in ratios.agg(["mean", "sem"]).fillna({"sem": 0.0}).itertuples():
                 symmetric = errors[name] < _EXACT
-                colour = exact if symmetric else mpl.colormaps["plasma"](norm(errors[name]))
+                colour = "0.1" if symmetric else mpl.colormaps["plasma"](norm(errors[name]))
                 place, marker = methods.index(name), "D" if symmetric else "o"
                 ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)
             _set_ratio_scale(ax)

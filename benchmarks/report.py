@@ -157,10 +157,10 @@ def _tables(runs: pd.DataFrame) -> str:
 
 def _wide(runs: pd.DataFrame, reference: str) -> str:
     parts = []
+    named = "strict training" if reference == "strict" else reference
     for metric, heading in WIDE.items():
         if metric in runs:
             shown = relative(runs, metric, reference) if "relative" in heading else runs
-            named = "strict training" if reference == "strict" else reference
             parts += [f"### {heading.format(reference=named)}\n", wide_table(shown, metric), ""]
     return "\n".join(parts)
 

@@ -84,9 +84,8 @@ class Broken(Dynamics):
         self.name = "broken"
         self.group = O3()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                derived_seed(seed, 4)
-            )  # with ``seed`` a model of the same seed would start as the teacher
+            # a seed of its own: with that of the data, a model of the same seed would start as the teacher
+            torch.manual_seed(derived_seed(seed, 4))
             self.teacher = VectorNet(0, 0, vectors=VECTORS, layers=LAYERS)
             amplitude = torch.randn(self.teacher.layers[0].channels_out, 1)
             self.kind = kind
