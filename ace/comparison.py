@@ -81,6 +81,26 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def case_names(cases: Sequence[tuple[Any, ...]], conditions: Sequence[str]) -> list[list[str]]:
+    """Name what is compared separately: task and model, then the conditions that tell it from others of these two.
+
+    Args:
+        cases: Task, model and the values of the conditions.
+        conditions: Names of the conditions.
+
+    Example:
+        >>> case_names([("nbody", "egnn", 0.1), ("nbody", "egnn", 0.2), ("md", "mace", 0.1)], ["lr"])
+        [['nbody egnn', 'lr=0.1'], ['nbody egnn', 'lr=0.2'], ['md mace']]
+    """
+    names = []
+    for task, model, *values in cases:
+        alike = [other[2:] for other in cases if other[:2] == (task, model)]
+        several = [len(set(of_condition)) > 1 for of_condition in zip(*alike, strict=True)]
+        differ = zip(conditions, values, several, strict=True)
+        names.append([f"{task} {model}", *(f"{name}={written(value)}" for name, value, many in differ if many)])
+    return names
+
+
 def relative(results: pd.DataFrame, metric: str, to: str = "strict") -> pd.DataFrame:
     """Divide a metric of each run by that of a reference method with the same seed, task and model.
 

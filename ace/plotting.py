@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ace.comparison import Ranks, by_setting, relative, written
+from ace.comparison import Ranks, by_setting, case_names, relative
 from ace.errors import AceError
 from ace.history import replace_file
 
@@ -416,8 +416,8 @@ def plot_comparison(
         raise AceError(f"no column {_listed(absent)} in the results")
     named, conditions = by_setting(relative(results, metric, to))
     methods = list(named["method"].unique())
-    cases = list(named.groupby(["task", "model", *conditions], sort=False, observed=True))
-    columns = min(len(cases), 4)
+    cases = dict(iter(named.groupby(["task", "model", *conditions], sort=False, observed=True)))
+    columns = min(5, math.ceil(len(cases) / math.ceil(len(cases) / 5)))
     lines = math.ceil(len(cases) / columns)
     norm = LogNorm(_EXACT, 1.0, clip=True)
     with mpl.rc_context(_STYLE):
@@ -426,7 +426,8 @@ def plot_comparison(
         axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for ax in axes.flat[len(cases) :]:
             ax.axis("off")
-        for ax, (case, rows) in zip(axes.flat, cases, strict=False):
+        names = case_names(list(cases), conditions)
+        for ax, case, rows in zip(axes.flat, names, cases.values(), strict=False):
             ratios = rows[metric].astype(float).replace([np.inf, -np.inf], np.nan).groupby(rows["method"])
             errors = rows["equivariance_rms"].astype(float).groupby(rows["method"]).mean()
             ax.axvline(1.0, color="0.6", linewidth=0.8)
@@ -436,12 +437,7 @@ def plot_comparison(
                 place, marker = methods.index(name), "D" if symmetric else "o"
                 ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)
             _set_ratio_scale(ax)
-            names = [
-                str(value) if key in ("task", "model") else f"{key}={written(value)}"
-                for key, value in zip(["task", "model", *conditions], case, strict=True)
-                if value != ""
-            ]
-            ax.set_title("\n".join([" · ".join(names[:2]), *names[2:]]))
+            ax.set_title("\n".join(case))
         axes[0, 0].set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
         figure.supxlabel(f"{metric}, relative to {to}", fontsize=10)
         bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=axes, aspect=40, pad=0.02)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import pandas as pd
 
-from ace.comparison import LEVEL, OPTION, by_setting, check_seeds, compare, written
+from ace.comparison import LEVEL, OPTION, by_setting, case_names, check_seeds, compare, written
 from ace.errors import AceError
 from ace.results import IDENTITY
 
@@ -22,6 +22,7 @@ def table(
     results: pd.DataFrame,
     metrics: str | Sequence[str] = "test_shipped",
     format: Format = "markdown",  # noqa: A002  the word users type
+    unmarked: Collection[str] = (),
 ) -> str:
     """Compare methods: mean ± standard error over seeds of each task × model × method, one row each.
 
@@ -38,6 +39,7 @@ def table(
         metrics: Columns to compare, for all of which lower is better.
         format: ``markdown``; ``latex``, which needs the package booktabs; or ``csv``, with the unrounded
             mean, standard error and number of values of each metric in columns of their own.
+        unmarked: Metrics of which nothing is marked, such as an equivariance error: the lowest is rounding.
 
     Returns:
         The table, ending in a line break.
@@ -59,7 +61,7 @@ def table(
         | nbody | egnn  | ace    | 5 | **0.5200 ± 0.0071** |
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    cases, size, found = _statistics(results, metrics, format)
+    cases, size, found = _statistics(results, metrics, format, unmarked)
     keys = [*cases, "method"]
     if format == "csv":
         columns = {f"{metric}_{name}": of[name] for metric, of in found.items() for name in _STATISTICS}
@@ -69,16 +71,22 @@ def table(
         for row, count, cell in zip(rows, size, of_metric.itertuples(), strict=True):
             row.append(_cell(cell, count, format))
     heading = [*map(_text(format), keys), "n", *map(_text(format), metrics)]
-    return _layout(heading, rows, len(keys), format)
+    return layout(heading, rows, len(keys), format)
 
 
-def wide_table(results: pd.DataFrame, metric: str = "test_shipped", format: Format = "markdown") -> str:  # noqa: A002
+def wide_table(
+    results: pd.DataFrame,
+    metric: str = "test_shipped",
+    format: Format = "markdown",  # noqa: A002
+    unmarked: Collection[str] = (),
+) -> str:
     """Compare methods over all tasks: one row per method, one column per task and model, as in a paper.
 
     Args:
         results: As for :func:`table`.
         metric: The column to compare, of which lower is better.
         format: As for :func:`table`.
+        unmarked: As for :func:`table`.
 
     Returns:
         The table, ending in a line break, its cells marked as in :func:`table`. Methods are in order of appearance.
@@ -98,9 +106,10 @@ def wide_table(results: pd.DataFrame, metric: str = "test_shipped", format: Form
         | strict | 0.7700 ± 0.0071     | 0.7700 ± 0.0071     |
         | ace    | **0.5200 ± 0.0071** | **0.5200 ± 0.0071** |
     """
-    cases, size, found = _statistics(results, [metric], format)
+    cases, size, found = _statistics(results, [metric], format, unmarked)
     of_metric = found[metric]
-    names = _names(list(dict.fromkeys(key[:-1] for key in of_metric.index)), cases)
+    keys = list(dict.fromkeys(key[:-1] for key in of_metric.index))
+    names = dict(zip(keys, map(" ".join, case_names(keys, cases[2:])), strict=True))
     methods = list(dict.fromkeys(key[-1] for key in of_metric.index))
     if format == "csv":
         columns = {
@@ -114,13 +123,14 @@ def wide_table(results: pd.DataFrame, metric: str = "test_shipped", format: Form
     }
     text = _text(format)
     rows = [[text(method), *(cells.get((*case, method), "") for case in names)] for method in methods]
-    return _layout(["method", *map(text, names.values())], rows, 1, format)
+    return layout(["method", *map(text, names.values())], rows, 1, format)
 
 
 def _statistics(
     results: pd.DataFrame,
     metrics: Sequence[str],
     format: Format,  # noqa: A002
+    unmarked: Collection[str],
 ) -> tuple[list[str], pd.Series[int], dict[str, pd.DataFrame]]:
     """Columns of a case, number of runs, and for each metric mean, standard error, number of values and mark."""
     if format not in {"markdown", "latex", "csv"}:
@@ -139,7 +149,7 @@ def _statistics(
     found = {}
     for metric in metrics:
         of_metric = grouped[metric]
-        marks = _marks(named, metric, cases, size)
+        marks = [""] * len(size) if metric in unmarked else _marks(named, metric, cases, size)
         found[metric] = pd.DataFrame(
             {"mean": of_metric.mean(), "error": of_metric.sem(), "n": of_metric.count(), "mark": marks}
         )
@@ -180,16 +190,6 @@ def _marks(named: pd.DataFrame, metric: str, cases: list[str], size: pd.Series[i
 def _cell(row: Any, count: int, format: Format) -> str:  # noqa: A002
     write = _markdown_cell if format == "markdown" else _latex_cell
     return write(row.mean, row.error, row.mark) + ("" if row.n == count else f" ({row.n} of {count})")
-
-
-def _names(cases: list[tuple[Any, ...]], columns: list[str]) -> dict[tuple[Any, ...], str]:
-    """Name each case by its task, its model and the conditions that differ among cases of these."""
-    names = {}
-    for case in cases:
-        alike = [other for other in cases if other[:2] == case[:2]]
-        differ = [place for place in range(2, len(columns)) if len({other[place] for other in alike}) > 1]
-        names[case] = " ".join([*case[:2], *(f"{columns[place]}={written(case[place])}" for place in differ)])
-    return names
 
 
 def _place(value: Any) -> tuple[bool, Any]:
@@ -253,8 +253,25 @@ _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
 }
 
 
-def _layout(heading: list[str], rows: list[list[str]], keys: int, format: Format) -> str:  # noqa: A002
-    """Lay a table out, of which the first columns name the row."""
+def layout(heading: list[str], rows: list[list[str]], keys: int = 1, format: Format = "markdown") -> str:  # noqa: A002
+    """Lay a table out.
+
+    Args:
+        heading: Of each column.
+        rows: Their cells, each as many as there are columns.
+        keys: How many of the first columns name the row; LaTeX aligns them to the left, the others to the right.
+        format: ``markdown`` or ``latex``.
+
+    Returns:
+        The table, ending in a line break.
+
+    Example:
+        >>> print(layout(["method", "error"], [["strict", "0.75"], ["ace", "0.5"]]), end="")
+        | method | error |
+        | ------ | ----- |
+        | strict | 0.75  |
+        | ace    | 0.5   |
+    """
     if format == "markdown":
         widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
         lines = [heading, ["-" * width for width in widths], *rows]

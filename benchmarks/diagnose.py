@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ace
 from benchmarks.config import RunConfig
 from benchmarks.models import MODELS
-from benchmarks.seeds import derived_seed
+from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks import Batch, Task
 from benchmarks.train import build_model, build_task
 
@@ -31,7 +31,7 @@ class Shuffled:
     def __iter__(self) -> Iterator[Batch]:
         seed = int(torch.randint(2**31, ()))  # the random state is that of the diagnosis
         order = self.task.batches("train", self.batch_size, shuffle_seed=seed)
-        return (self.task.augment(batch, derived_seed(seed, number)) for number, batch in enumerate(order))
+        return (self.task.augment(batch, derived_seed(seed, Use.TASK, number)) for number, batch in enumerate(order))
 
 
 def diagnose(

@@ -22,7 +22,7 @@ from ace.comparison import by_setting, compare, rank, relative
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY, load_histories, load_results, status
-from ace.tables import table, wide_table
+from ace.tables import layout, table, wide_table
 from benchmarks.config import load_run
 from benchmarks.methods import METHODS
 
@@ -35,12 +35,15 @@ METRICS = {
     "peak_memory_mb": "peak MB",
 }
 """Columns of the tables; lower is better in all of them."""
+ERRORS = ("equivariance error", "equivariance_rms")
+"""Columns in which nothing is marked as best: the lowest is rounding."""
 WIDE = {
     "test_shipped": "Test error of the shipped model, relative to {reference} with the same seed",
     "equivariance_rms": "Equivariance error of the shipped model on test data (root mean square over samples)",
     "cpu_ms_per_step": "Processor time of a training step, relative to {reference} with the same seed",
 }
 """Columns of the wide tables, and their headings."""
+CURVES = ["strict", "unconstrained", "penalty", "linear-decay", "ace", "ace-tolerance"]
 TRAJECTORIES = ["ace", "ace-paper", "ace-resilient"]
 
 
@@ -79,7 +82,8 @@ def report(name: str, out: Path, folder: Path | None = None, reference: str = "s
     if folder is not None and not conditions:
         frame = load_histories(folder)
         for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
-            _draw(of_pair, out / f"{name}-{task}-{model}.png")
+            same = (runs["task"] == task) & (runs["model"] == model)
+            _draw(of_pair, runs[same], out / f"{name}-{task}-{model}.png")
 
 
 def gather(path: Path, folder: Path | None) -> pd.DataFrame:
@@ -133,25 +137,28 @@ def against_strict(runs: pd.DataFrame) -> str:
     """
     values = runs.pivot_table(index="seed", columns="method", values="test_shipped", sort=False)
     p = compare(runs, against="strict").droplevel(["task", "model"])["p"]
-    lines = ["| against `strict` | pairs | difference | p (corrected) |", "|---|---|---|---|"]
+    rows = []
     for method in [method for method in values if method != "strict"]:
         pair = values[["strict", method]].dropna()
         difference = pair[method] - pair["strict"]
-        lines.append(
-            f"| {method} | {len(pair)} | {difference.mean():+.3g} ± {difference.sem():.2g} "
-            f"({100 * difference.mean() / pair['strict'].mean():+.0f} %) | {p[method]:.2g} |"
-        )
-    return "\n".join(lines)
+        percent = 100 * difference.mean() / pair["strict"].mean()
+        cell = f"{difference.mean():+.3g} ± {difference.sem():.2g} ({percent:+.0f} %)"
+        rows.append([method, str(len(pair)), cell, f"{p[method]:.2g}"])
+    return layout(["against `strict`", "pairs", "difference", "p (corrected)"], rows)
 
 
 def _tables(runs: pd.DataFrame) -> str:
     parts = []
     for (task, model), of_pair in runs.groupby(["task", "model"], sort=False):
         columns = of_pair.rename(columns=METRICS)
-        parts += [f"### {task}, {model}\n", f"{_setting(of_pair)}\n", table(columns, list(METRICS.values())), ""]
+        parts += [
+            f"### {task}, {model}\n",
+            f"{_setting(of_pair)}\n",
+            table(columns, list(METRICS.values()), unmarked=ERRORS),
+        ]
         named, conditions = by_setting(of_pair)
         if not conditions and "strict" in set(named["method"]):
-            parts += [against_strict(named), ""]
+            parts.append(against_strict(named))
     return "\n".join(parts)
 
 
@@ -161,7 +168,7 @@ def _wide(runs: pd.DataFrame, reference: str) -> str:
     for metric, heading in WIDE.items():
         if metric in runs:
             shown = relative(runs, metric, reference) if "relative" in heading else runs
-            parts += [f"### {heading.format(reference=named)}\n", wide_table(shown, metric), ""]
+            parts += [f"### {heading.format(reference=named)}\n", wide_table(shown, metric, unmarked=ERRORS)]
     return "\n".join(parts)
 
 
@@ -174,12 +181,14 @@ def _setting(runs: pd.DataFrame) -> str:
     return f"{steps} steps. Parameters in training / shipped: {parameters}."
 
 
-def _draw(frame: pd.DataFrame, path: Path) -> None:
-    """Draw the validation curves of all methods, and γ by layer for the constrained ones (first seed)."""
+def _draw(frame: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
+    """Draw the validation curves of what some methods ship, and γ by layer for the constrained ones (first seed)."""
     methods = [method for method in TRAJECTORIES if method in set(frame["method"])]
     figure = Figure(figsize=(4.2 * (1 + len(methods)), 3.4), layout="constrained", dpi=110)
     first, *others = figure.subplots(1, 1 + len(methods), squeeze=False)[0]
-    plotting.plot_learning_curves(frame[frame["quantity"] != "loss"], first)
+    with_terms = (runs["test_shipped"] != runs["test_restored"]).groupby(runs["method"]).any()
+    shipped = frame["method"].map(with_terms).map({True: "valid_relaxed", False: "valid_restored"})
+    plotting.plot_learning_curves(frame[frame["method"].isin(CURVES) & (frame["quantity"] == shipped)], first)
     for method, ax in zip(methods, others, strict=True):
         rows = frame[(frame["method"] == method) & (frame["seed"] == frame["seed"].min())]
         plotting.plot_gammas(rows.drop(columns="run"), ax).set_title(method)

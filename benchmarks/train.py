@@ -41,7 +41,7 @@ from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
 from benchmarks.methods import METHODS, Method
 from benchmarks.models import MODELS
-from benchmarks.seeds import derived_seed
+from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks import TASKS, Batch, Task
 
 ELEMENTS = 8
@@ -189,11 +189,11 @@ def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[
     for step in itertools.count(start):
         epoch, place = divmod(step, per_epoch)
         if step == start or place == 0:
-            order = task.batches("train", config.batch_size, shuffle_seed=derived_seed(config.seed, 0, epoch))
+            order = task.batches("train", config.batch_size, shuffle_seed=derived_seed(config.seed, Use.ORDER, epoch))
             batches = itertools.islice(order, place, None)
-        batch = task.augment(next(batches), derived_seed(config.seed, 3, step))
+        batch = task.augment(next(batches), derived_seed(config.seed, Use.TASK, step))
         if config.augment:
-            [element] = task.group.sample(1, derived_seed(config.seed, 1, step))
+            [element] = task.group.sample(1, derived_seed(config.seed, Use.BATCH_ELEMENT, step))
             batch = task.transform(batch, element)
         yield epoch, batch
 

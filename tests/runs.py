@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ METHODS = ("strict", "unconstrained", "ace", "ace-resilient", "ace-tolerance", "
 METRICS = ("valid_shipped", "test_shipped", "test_relaxed", "test_restored", "equivariance_error", "max_gamma")
 RIVALS = ("augmentation", "linear-decay", "cosine-decay", "cr-norm", "penalty", "rpp", "projection", "remul")
 RIVALS += ("remul-gradnorm", "controlled")
+
+
+def narrow(table: str) -> str:
+    """A Markdown table without the spaces that align its columns."""
+    return re.sub(" +", " ", table)
 
 
 def tiny(*words: str) -> RunConfig:

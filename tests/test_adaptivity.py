@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import narrow
 
 import ace.problem
 from ace.proximal import ProximalGradient
@@ -119,7 +120,8 @@ def test_report(tmp_path):
         *(f"adaptivity{name}.csv" for name in ("", "_paths")),
         *(f"adaptivity{name}.png" for name in ("_paths", "_shares")),
     }
-    line = next(x for x in (out / "adaptivity_where.md").read_text().splitlines() if x.startswith("| 0.3 | 2 "))
+    where = narrow((out / "adaptivity_where.md").read_text())
+    line = next(x for x in where.splitlines() if x.startswith("| 0.3 | 2 "))
     assert line == "| 0.3 | 2 | 0 | **2** | 0 |"
-    assert "| 1.5 (1 to 2) | 1.5 (1 to 2) | 2 |" in (out / "adaptivity.md").read_text()
+    assert "| 1.5 (1 to 2) | 1.5 (1 to 2) | 2 |" in narrow((out / "adaptivity.md").read_text())
     assert len(pd.read_csv(out / "adaptivity.csv")) == len(rows)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from runs import cache, tiny  # noqa: F401
+from runs import cache, narrow, tiny  # noqa: F401
 from scipy import stats
 
 from ace.errors import AceError
@@ -101,7 +101,7 @@ def test_differences_to_strict_are_paired():
     rows = [("strict", seed, value) for seed, value in enumerate(strict)]
     rows += [("ace", seed, value) for seed, value in enumerate(ace)]
     runs = pd.DataFrame(rows, columns=["method", "seed", "test_shipped"]).assign(task="t", model="m")
-    [line] = against_strict(runs).splitlines()[2:]
+    [line] = narrow(against_strict(runs)).splitlines()[2:]
     p = stats.ttest_rel(np.log(ace), np.log(strict)).pvalue
     difference = ace - strict
     assert line == (
@@ -142,7 +142,7 @@ def test_published_numbers_stand_beside_ours_in_their_units():
     ]
     columns = ["task", "model", "method", "metric", "unit", "published", "source", "difference"]
     published = pd.DataFrame(rows, columns=columns)
-    lines = beside(published, [runs.assign(task="other"), runs]).splitlines()[2:]
+    lines = narrow(beside(published, [runs.assign(task="other"), runs])).splitlines()[2:]
     assert lines == [
         "| t | m | ace | 0.01 | 7 ± 1 (A) | 2.5 ± 0.5 (2 seeds, 500 steps) | shorter |",
         "| t | m | ace | domain, 1 | 2 (B) | 3 ± 0 (2 seeds, 500 steps) | none |",

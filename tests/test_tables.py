@@ -171,9 +171,9 @@ def test_all_methods_on_all_tasks_are_one_figure_with_ratios_and_colours_of_thei
     *panels, bar = drawn["all.png"].axes
     assert "black: exact" in bar.get_ylabel()
     assert [ax.get_title() for ax in panels] == [
-        "nbody · egnn\ntask.train=1",
-        "mocap · egnn\ntask.train=1",
-        "mocap · egnn\ntask.train=2",
+        "nbody egnn",
+        "mocap egnn\ntask.train=1",
+        "mocap egnn\ntask.train=2",
     ]
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names == list(errors)

@@ -18,7 +18,7 @@ from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Relaxing
 from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer
-from benchmarks.seeds import derived_seed
+from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks import Batch
 
 
@@ -31,7 +31,7 @@ class Augmentation(Unconstrained):
 
     def moved(self, batch: Batch) -> Batch:
         """Move inputs and target of each sample by a random element of the group."""
-        seed = derived_seed(self.config.seed, 2, self.done)
+        seed = derived_seed(self.config.seed, Use.SAMPLE_ELEMENTS, self.done)
         return self.task.transform(batch, *self.task.group.sample(len(batch), seed))
 
 

@@ -18,6 +18,7 @@ from ace.comparison import OPTION, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY
+from ace.tables import layout
 from benchmarks.methods import METHODS
 
 
@@ -89,10 +90,10 @@ def wide(table: pd.DataFrame) -> str:
         >>> columns = ["task", "model", "method", "runs", "reached", "seconds, median"]
         >>> rows = [("nbody", "egnn", "strict", 3, 3, 20.0), ("nbody", "egnn", "ace", 3, 2, 25.0)]
         >>> print(wide(pd.DataFrame(rows, columns=columns)), end="")
-        | method | nbody egnn |
-        |---|---|
-        | strict | 1.00 |
-        | ace | 1.25 (2 of 3) |
+        | method | nbody egnn    |
+        | ------ | ------------- |
+        | strict | 1.00          |
+        | ace    | 1.25 (2 of 3) |
     """
     cases = list(table.columns[: table.columns.get_loc("method")])
     columns = {}
@@ -107,9 +108,8 @@ def wide(table: pd.DataFrame) -> str:
             for method, row in of_method.iterrows()
         }
     names = list(dict.fromkeys(table["method"]))
-    rows = [["method", *columns], *([name, *(cells.get(name, "") for cells in columns.values())] for name in names)]
-    head, *body = (f"| {' | '.join(row)} |\n" for row in rows)
-    return head + "|---" * len(rows[0]) + "|\n" + "".join(body)
+    rows = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
+    return layout(["method", *columns], rows)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ import ace.problem
 import ace.terms
 from ace.history import replace_file
 from ace.proximal import ProximalGradient
+from ace.tables import layout
 from benchmarks.locks import locked
 from benchmarks.models.vector import VectorLayer, VectorNet
 from benchmarks.tasks.broken import LAYERS, VECTORS, Broken
@@ -404,7 +405,7 @@ def table(keys: list[str], runs: pd.DataFrame) -> str:
     """
     numbers = {name: heading for name, heading in NUMBERS.items() if runs[name].fillna(0).any()}
     headings = [*(HEADINGS.get(key, key) for key in keys), "n", *BY_LAYER.values(), *numbers.values()]
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    lines = []
     for values, rows in runs.groupby(keys, observed=True):
         layers = [
             " · ".join(f"{rows[f'{name}_{i}'].median():.2f}" for i in range(LAYERS) if f"{name}_{i}" in rows)
@@ -416,8 +417,8 @@ def table(keys: list[str], runs: pd.DataFrame) -> str:
             *layers,
             *(_spread(rows[name]) for name in numbers),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return layout(headings, lines)
 
 
 def _value(value: Any) -> str:
@@ -446,22 +447,16 @@ def where(runs: pd.DataFrame) -> str:
     counts = pd.crosstab(
         [rows["strength"], rows["depth"] + 1], pd.Series(largest + 1, rows.index), rownames=["strength", "break after"]
     ).reindex(columns=range(1, LAYERS + 1), fill_value=0)
-    lines = [
-        "| strength | break after layer | " + " | ".join(f"largest in layer {i}" for i in counts.columns) + " |",
-        "|---" * (2 + LAYERS) + "|",
-    ]
+    lines = []
     for (strength, depth), row in counts.iterrows():
         cells = [f"**{count}**" if layer == depth else str(count) for layer, count in row.items()]
-        lines.append(f"| {strength:g} | {depth} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{strength:g}", str(depth), *cells])
+    return layout(["strength", "break after layer", *(f"largest in layer {i}" for i in counts.columns)], lines)
 
 
 def units(folder: Path, runs: pd.DataFrame) -> str:
     """A Markdown table: how far the path of γ differs from that with the loss times 1."""
-    lines = [
-        "| optimizer | loss times | strength | γ path | largest difference, first 100 steps | all steps | of mean γ |",
-        "|---" * 7 + "|",
-    ]
+    lines = []
     _, rows = parts(runs)["Unit of the loss"]
     for row in rows[rows["scale"] != 1].to_dict("records"):
         setting = Setting(**{name: row[name] for name in KEY})
@@ -472,11 +467,10 @@ def units(folder: Path, runs: pd.DataFrame) -> str:
         same = "bitwise the same" if np.array_equal(path, other) else "differs"
         apart = np.abs(path - other)
         means = np.abs(np.abs(path).mean(0) - np.abs(other).mean(0)).max()
-        lines.append(
-            f"| {setting.primal} | {_value(setting.scale)} | {setting.strength:g} | {same} "
-            f"| {_short(apart[:100].max())} | {_short(apart.max())} | {_short(means)} |"
-        )
-    return "\n".join(lines)
+        what = [setting.primal, _value(setting.scale), f"{setting.strength:g}"]
+        lines.append([*what, same, _short(apart[:100].max()), _short(apart.max()), _short(means)])
+    heading = ["optimizer", "loss times", "strength", "γ path", "largest difference, first 100 steps", "all steps"]
+    return layout([*heading, "of mean γ"], lines)
 
 
 def draw_paths(folder: Path, runs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -604,10 +598,10 @@ def report(folder: Path, out: Path) -> None:
     frame = runs_of(folder).sort_values(KEY)
     runs = with_strict(frame)
     (out / "adaptivity.csv").write_text(frame.to_csv(index=False, float_format="%.4g"))
-    sections = [f"### {title}\n\n{table(*part)}\n" for title, part in parts(runs).items()]
+    sections = [f"### {title}\n\n{table(*part)}" for title, part in parts(runs).items()]
     (out / "adaptivity.md").write_text("\n".join(sections))
-    (out / "adaptivity_where.md").write_text(where(runs) + "\n")
-    (out / "adaptivity_units.md").write_text(units(folder, runs) + "\n")
+    (out / "adaptivity_where.md").write_text(where(runs))
+    (out / "adaptivity_units.md").write_text(units(folder, runs))
     with mpl.rc_context(STYLE):
         figure, drawn = draw_paths(folder, runs)
         figure.savefig(out / "adaptivity_paths.png")

@@ -19,6 +19,7 @@ import pandas as pd
 
 import ace
 from ace.history import replace_file
+from ace.tables import layout
 from benchmarks.config import load_run
 from benchmarks.diagnose import diagnose
 from benchmarks.locks import locked
@@ -165,34 +166,33 @@ def run(folder: Path, parts: list[str]) -> None:
 
 def report(frame: pd.DataFrame) -> str:
     """Return the tables in Markdown."""
-    lines = ["### Symmetric data", "", "| data | runs | false alarms | median p |", "|---|---|---|---|"]
+    lines = []
     symmetric = frame[(frame["strength"] == 0) & (frame["task"] != "nbody") & ~frame["task"].str.startswith("mocap")]
     for (task, uneven), rows in symmetric.groupby(["task", "uneven"]):
         inputs = f", inputs with mean {uneven:g}" if uneven else ""
-        lines.append(f"| {task}{inputs} | {len(rows)} | {(~rows['symmetric']).sum()} | {rows['p'].median():.2g} |")
-    lines += ["", "### Planted breaks", ""]
-    lines += ["| kind | strength | runs | found | angle to the planted axis, median (largest) | falsely broken |"]
-    lines[-1] += " falsely kept | left open | excess of the whole group, median |"
-    lines.append("|---" * 9 + "|")
+        alarms = (~rows["symmetric"]).sum()
+        lines.append([f"{task}{inputs}", str(len(rows)), str(alarms), f"{rows['p'].median():.2g}"])
+    parts = ["### Symmetric data\n", layout(["data", "runs", "false alarms", "median p"], lines)]
+    heading = ["kind", "strength", "runs", "found", "angle to the planted axis, median (largest)", "falsely broken"]
+    heading += ["falsely kept", "left open", "excess of the whole group, median"]
+    lines = []
     planted = frame[frame["part"] == "planted"]
     for (kind, strength), rows in planted.groupby(["kind", "strength"]):
         found = rows[~rows["symmetric"]]
         angles = rows["angle"].dropna()
         angle = f"{angles.median():.1f}° ({angles.max():.1f}°)" if kind == "direction" and len(angles) else ""
         counts = [str((found[name].fillna("") != "").sum()) for name in ("falsely_broken", "falsely_kept", "left_open")]
-        lines.append(
-            f"| {kind} | {strength:g} | {len(rows)} | {len(found)} | {angle} | {' | '.join(counts)} "
-            f"| {rows['excess'].median():+.1%} |"
-        )
-    lines += ["", "### Tasks", "", "| task | seed | n | p | excess | broken | kept | undecided | axis | strict costs |"]
-    lines.append("|---" * 10 + "|")
+        cells = [kind, f"{strength:g}", str(len(rows)), str(len(found)), angle, *counts]
+        lines.append([*cells, f"{rows['excess'].median():+.1%}"])
+    parts += ["### Planted breaks\n", layout(heading, lines)]
+    heading = ["task", "seed", "n", "p", "excess", "broken", "kept", "undecided", "axis", "strict costs"]
+    lines = []
     tasks = frame[frame["part"] == "tasks"].sort_values(["task", "seed"])
     for row in tasks.astype(object).fillna("").to_dict("records"):
-        lines.append(
-            f"| {row['task']} | {row['seed']} | {row['samples']} | {row['p']:.2g} | {row['excess']:+.1%} "
-            f"| {row['broken']} | {row['kept']} | {row['undecided']} | {row['axis_found']} | {row['cost']:+.0%} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["task"], str(row["seed"]), str(row["samples"]), f"{row['p']:.2g}", f"{row['excess']:+.1%}"]
+        cells += [row["broken"], row["kept"], row["undecided"], row["axis_found"], f"{row['cost']:+.0%}"]
+        lines.append(cells)
+    return "\n".join([*parts, "### Tasks\n", layout(heading, lines)])
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ace.comparison import OPTION, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
-from ace.tables import table
+from ace.tables import layout, table
 from benchmarks.methods import METHODS
 from benchmarks.report import gather
 
@@ -69,7 +69,7 @@ def report(folder: Path, out: Path) -> None:
         shown = of_pair.drop(columns=[column for column in of_pair if column.startswith(OPTION)])
         columns = {"setting": "method", **COLUMNS}
         parts += [table(shown.drop(columns="method").rename(columns=columns), list(COLUMNS.values())), ""]
-        kept += [f"### {task}, {model}\n", tolerances(of_pair), ""]
+        kept += [f"### {task}, {model}\n", tolerances(of_pair)]
         draw(of_pair, out / f"pareto-{task}-{model}.png")
     replace_file(out / "pareto.md", "\n".join(parts).encode())
     replace_file(out / "tolerance.md", "\n".join(kept).encode())
@@ -120,21 +120,17 @@ def tolerances(runs: pd.DataFrame) -> str:
     """
     ours = runs[runs["method"] == "ace-tolerance"]
     rivals = [m for m in METHODS if m in set(runs["method"]) and not m.startswith(("ace-tolerance", "ace-paper"))]
-    lines = [
-        "| ε | kept on test data | error (rms) | largest | 95th percentile | test | relative to strict "
-        "| best rival at this error, relative to strict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heading = ["ε", "kept on test data", "error (rms)", "largest", "95th percentile", "test", "relative to strict"]
+    lines = []
     for value, of_value in ours.groupby(f"{OPTION}method.eps"):
         error, relative = of_value["equivariance_rms"], of_value["relative"]
         reached = {rival: at_error(runs[runs["method"] == rival], error.mean()) for rival in rivals}
         best = min(reached, key=reached.__getitem__)
-        lines.append(
-            f"| {value:g} | {(error <= value).sum()} of {len(error)} | {error.mean():.3g} | {error.max():.3g} "
-            f"| {of_value['equivariance_p95'].mean():.3g} | {of_value['test_shipped'].mean():.3g} "
-            f"| {relative.mean():.3f} ± {relative.sem():.1g} | {reached[best]:.3f} ({best}) |"
-        )
-    return "\n".join(lines)
+        cells = [f"{value:g}", f"{(error <= value).sum()} of {len(error)}", f"{error.mean():.3g}", f"{error.max():.3g}"]
+        cells += [f"{of_value['equivariance_p95'].mean():.3g}", f"{of_value['test_shipped'].mean():.3g}"]
+        cells += [f"{relative.mean():.3f} ± {relative.sem():.1g}", f"{reached[best]:.3f} ({best})"]
+        lines.append(cells)
+    return layout([*heading, "best rival at this error, relative to strict"], lines)
 
 
 def at_error(rival: pd.DataFrame, error: float) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ace.history import replace_file
+from ace.tables import layout
 
 SUITES = ("results", "quick")
 """Suites whose runs are compared, the first one that has the row counts."""
@@ -28,7 +29,7 @@ def beside(published: pd.DataFrame, suites: list[pd.DataFrame]) -> str:
     Returns:
         One line per published number; ours is the mean ± standard error over seeds, with their number and the steps.
     """
-    lines = ["| task | model | method | unit | published | ours | why they differ |", "|---|---|---|---|---|---|---|"]
+    lines = []
     for row in published.itertuples():
         ours = "–"
         for runs in suites:
@@ -40,11 +41,9 @@ def beside(published: pd.DataFrame, suites: list[pd.DataFrame]) -> str:
                 ours = f"{values.mean():.3g}{error} ({len(values)} seeds, {steps:,} steps)"
                 break
         metric = "" if row.metric.startswith("test_") else f"{row.metric}, "
-        lines.append(
-            f"| {row.task} | {row.model} | {row.method} | {metric}{row.unit:g} | {row.published} ({row.source}) "
-            f"| {ours} | {row.difference} |"
-        )
-    return "\n".join(lines) + "\n"
+        theirs = f"{row.published} ({row.source})"
+        lines.append([row.task, row.model, row.method, f"{metric}{row.unit:g}", theirs, ours, row.difference])
+    return layout(["task", "model", "method", "unit", "published", "ours", "why they differ"], lines)
 
 
 def report(out: Path) -> None:

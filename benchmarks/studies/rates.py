@@ -15,6 +15,7 @@ import pandas as pd
 
 from ace.comparison import OPTION
 from ace.history import replace_file
+from ace.tables import layout
 from benchmarks.methods import METHODS
 
 RATE = f"{OPTION}lr"
@@ -70,17 +71,18 @@ def report(out: Path) -> None:
     runs = pd.read_csv(out / "rates.csv")
     parts = []
     for (task, model), of_pair in runs.groupby(["task", "model"], sort=False):
-        lines = [
-            f"### {task}, {model}\n",
-            "| method | best rate | test error there | decades of good rates | failed runs |",
-            "|---|---|---|---|---|",
+        rows = [
+            [
+                str(method),
+                f"{row['best rate']:.2g}",
+                f"{row['test']:.4f} ± {row['error']:.2g}",
+                f"{row['good decades']:.1f}",
+                f"{100 * row['failed']:.0f} %",
+            ]
+            for method, row in sensitivity(of_pair).iterrows()
         ]
-        for method, row in sensitivity(of_pair).iterrows():
-            lines.append(
-                f"| {method} | {row['best rate']:.2g} | {row['test']:.4f} ± {row['error']:.2g} "
-                f"| {row['good decades']:.1f} | {100 * row['failed']:.0f} % |"
-            )
-        parts += [*lines, ""]
+        heading = ["method", "best rate", "test error there", "decades of good rates", "failed runs"]
+        parts += [f"### {task}, {model}\n", layout(heading, rows)]
     replace_file(out / "rates-sensitivity.md", "\n".join(parts).encode())
 
 

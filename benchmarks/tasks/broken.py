@@ -11,7 +11,7 @@ from torch import Tensor
 from ace.errors import ConfigError
 from ace.groups import O3, _frame
 from benchmarks.models.vector import VectorNet
-from benchmarks.seeds import derived_seed
+from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks.base import Dynamics, Samples
 
 VECTORS = 4
@@ -85,7 +85,7 @@ class Broken(Dynamics):
         self.group = O3()
         with torch.random.fork_rng(devices=[]):
             # a seed of its own: with that of the data, a model of the same seed would start as the teacher
-            torch.manual_seed(derived_seed(seed, 4))
+            torch.manual_seed(derived_seed(seed, Use.TEACHER))
             self.teacher = VectorNet(0, 0, vectors=VECTORS, layers=LAYERS)
             amplitude = torch.randn(self.teacher.layers[0].channels_out, 1)
             self.kind = kind
