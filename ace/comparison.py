@@ -25,6 +25,8 @@ from ace.errors import AceError
 
 LEVEL = 0.05
 """Level of all tests."""
+EXACT = 1e-5
+"""A relative equivariance error below it is rounding, in float32."""
 OPTION = "config."
 """Prefix of the columns of a summary that hold the options of its run."""
 _CASE = ("task", "model")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ace.comparison import Ranks, by_setting, case_names, relative
+from ace.comparison import EXACT, Ranks, by_setting, case_names, relative
 from ace.errors import AceError
 from ace.history import replace_file
 
@@ -68,7 +68,6 @@ _CURVES: dict[str, tuple[str, str, Any, float]] = {  # quantity -> label, colour
     "valid_restored": ("validation, restored", _COLOURS[0], "-", 1.4),
 }
 _NAMED_LAYERS = 8  # up to here every layer has its line in a legend; beyond, a colour bar over depth
-_EXACT = 1e-4  # an equivariance error below it is rounding
 _KEPT_NAME = 28  # characters of a layer's path in a legend: the end tells layers apart
 
 
@@ -398,7 +397,7 @@ def plot_comparison(
 
     A panel for each task and model, and for each condition that was swept; in it, for each method, the mean over the
     seeds of the ratio to the reference with the same seed, and its standard error. The colour is the equivariance error
-    of the shipped models, in the mean over the seeds; those below 1e-4 are exactly equivariant but for rounding.
+    of the shipped models, in the mean over the seeds; those below 1e-5 are exactly equivariant but for rounding.
 
     Args:
         results: One row per run, as ``load_results`` gives them, with the column ``equivariance_rms``.
@@ -419,7 +418,7 @@ def plot_comparison(
     cases = dict(iter(named.groupby(["task", "model", *conditions], sort=False, observed=True)))
     columns = min(5, math.ceil(len(cases) / math.ceil(len(cases) / 5)))
     lines = math.ceil(len(cases) / columns)
-    norm = LogNorm(_EXACT, 1.0, clip=True)
+    norm = LogNorm(EXACT, 1.0, clip=True)
     with mpl.rc_context(_STYLE):
         size = (1.6 + 2.3 * columns, 0.8 + lines * (0.7 + 0.17 * len(methods)))
         figure = Figure(figsize=size, layout="constrained")
@@ -432,7 +431,7 @@ def plot_comparison(
             errors = rows["equivariance_rms"].astype(float).groupby(rows["method"]).mean()
             ax.axvline(1.0, color="0.6", linewidth=0.8)
             for name, mean, error in ratios.agg(["mean", "sem"]).fillna({"sem": 0.0}).itertuples():
-                symmetric = errors[name] < _EXACT
+                symmetric = errors[name] < EXACT
                 colour = "0.1" if symmetric else mpl.colormaps["plasma"](norm(errors[name]))
                 place, marker = methods.index(name), "D" if symmetric else "o"
                 ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)

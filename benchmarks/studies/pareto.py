@@ -14,15 +14,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ace.comparison import OPTION, by_setting
+from ace.comparison import EXACT, OPTION, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.tables import layout, table
 from benchmarks.methods import METHODS
 from benchmarks.report import gather
 
-EXACT = 1e-5
-"""An error below this is rounding."""
 NEAR = 4.0
 """Settings whose errors differ by more than this factor are not joined: nothing is known of what lies between."""
 COLUMNS = {
