@@ -68,6 +68,7 @@ _CURVES: dict[str, tuple[str, str, Any, float]] = {  # quantity -> label, colour
     "valid_restored": ("validation, restored", _COLOURS[0], "-", 1.4),
 }
 _NAMED_LAYERS = 8  # up to here every layer has its line in a legend; beyond, a colour bar over depth
+_WORST = 3.0  # a ratio above it is written at the edge
 _KEPT_NAME = 28  # characters of a layer's path in a legend: the end tells layers apart
 
 
@@ -397,7 +398,8 @@ def plot_comparison(
 
     A panel for each task and model, and for each condition that was swept; in it, for each method, the mean over the
     seeds of the ratio to the reference with the same seed, and its standard error. The colour is the equivariance error
-    of the shipped models, in the mean over the seeds; those below 1e-5 are exactly equivariant but for rounding.
+    of the shipped models, in the mean over the seeds; those below 1e-5 are exactly equivariant but for rounding. Ratios
+    above 3 are arrows at the edge, with their value.
 
     Args:
         results: One row per run, as ``load_results`` gives them, with the column ``equivariance_rms``.
@@ -434,11 +436,18 @@ def plot_comparison(
                 symmetric = errors[name] < EXACT
                 colour = "0.1" if symmetric else mpl.colormaps["plasma"](norm(errors[name]))
                 place, marker = methods.index(name), "D" if symmetric else "o"
-                ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)
+                if mean > _WORST:  # all others would be squeezed together
+                    ax.plot(_WORST, place, color=colour, marker=">", markersize=5)
+                    ax.annotate(
+                        f"{mean:.3g}", (_WORST, place), (-5, 0), "data", "offset points", ha="right", va="center"
+                    )
+                else:
+                    ax.errorbar(mean, place, xerr=error, color=colour, marker=marker, markersize=4.5)
             _set_ratio_scale(ax)
             ax.set_title("\n".join(case))
         axes[0, 0].set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
-        figure.supxlabel(f"{metric}, relative to {to}", fontsize=10)
+        name = "test error of the shipped model" if metric == "test_shipped" else metric
+        figure.supxlabel(f"{name}, relative to {to}", fontsize=10)
         bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=axes, aspect=40, pad=0.02)
         bar.set_label("equivariance error of the shipped model (black: exact)")
         _save(figure, path)
@@ -448,11 +457,10 @@ def _set_ratio_scale(ax: Axes) -> None:
     """Logarithmic, with plain numbers that do not collide, and 1 in sight."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    ax.set_xlim(min(low, 0.93), max(high, 1.08))
+    ax.set_xlim(min(low, 0.93), min(max(high, 1.08), 1.1 * _WORST))
     low, high = ax.get_xlim()
     narrow = high < 3 * low
-    subs = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0)
-    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=subs))
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(NullLocator())
 

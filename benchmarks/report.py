@@ -189,6 +189,9 @@ def _draw(frame: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
     with_terms = (runs["test_shipped"] != runs["test_restored"]).groupby(runs["method"]).any()
     shipped = frame["method"].map(with_terms).map({True: "valid_relaxed", False: "valid_restored"})
     plotting.plot_learning_curves(frame[frame["method"].isin(CURVES) & (frame["quantity"] == shipped)], first)
+    if (key := first.get_legend()) is not None:  # beside the curves, which fill the axes
+        key.set_loc("center left")
+        key.set_bbox_to_anchor((1.0, 0.5))
     for method, ax in zip(methods, others, strict=True):
         rows = frame[(frame["method"] == method) & (frame["seed"] == frame["seed"].min())]
         plotting.plot_gammas(rows.drop(columns="run"), ax).set_title(method)

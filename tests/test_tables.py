@@ -155,10 +155,11 @@ def test_a_sweep_is_drawn_method_by_method():
 
 
 def test_all_methods_on_all_tasks_are_one_figure_with_ratios_and_colours_of_their_symmetry(tmp_path):
-    errors = {"strict": 1e-7, "ace": 2e-7, "unconstrained": 0.3}
+    errors = {"strict": 1e-7, "ace": 2e-7, "unconstrained": 0.3, "ace-paper": 1e-7}
+    ratios = {"strict": 1.0, "ace": 1.0, "unconstrained": 0.5, "ace-paper": 36.0}
     rows = [
         {"task": task, "model": "egnn", "method": method, "seed": seed, "equivariance_rms": errors[method]}
-        | {"test": (1 + seed) * scale * (0.5 if method == "unconstrained" else 1.0), "config.task.train": size}
+        | {"test": (1 + seed) * scale * ratios[method], "config.task.train": size}
         for task, scale, sizes in (("nbody", 1e-3, (1.0,)), ("mocap", 40.0, (1.0, 2.0)))
         for method in errors
         for seed in range(3)
@@ -184,11 +185,13 @@ def test_all_methods_on_all_tasks_are_one_figure_with_ratios_and_colours_of_thei
             for x, y in [line.get_xydata()[0]]
             if line.get_marker() != "None"
         }
-        assert {name: x for name, (x, _) in points.items()} == {"strict": 1.0, "ace": 1.0, "unconstrained": 0.5}
+        assert {name: x for name, (x, _) in points.items()} == {**ratios, "ace-paper": 3.0}  # at the edge
+        assert [text.get_text() for text in ax.texts] == ["36"]
         assert {name: line.get_marker() for name, (_, line) in points.items()} == {
             "strict": "D",
             "ace": "D",
             "unconstrained": "o",
+            "ace-paper": ">",
         }
         assert points["strict"][1].get_color() == points["ace"][1].get_color() != points["unconstrained"][1].get_color()
 
