@@ -61,6 +61,10 @@ FASTEST_TOLERANCE = 0.1
 """Largest rate of log λ: were it faster than the weights can follow, the model would inflate f instead."""
 TOLERANCE_START = 0.01
 """What the constraint on the equivariance error weighs in the Lagrangian at the start, relative to the loss."""
+TOLERANCE_MOST = 1.0
+"""What it weighs at most, relative to the running size of the loss. Weights that follow the constraint alone do not
+meet it sooner for a larger multiplier; they unlearn the task, and what was wound up takes long to unwind."""
+_SIZE_RATE = 0.05  # of the running mean square of the loss
 
 _WRAPPERS = {"LightningOptimizer", "AcceleratedOptimizer"}
 
@@ -398,6 +402,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._skipped_in_a_row = 0
         self._micro_step = 0
         self._before: Tensor | None = None
+        self._square: Tensor | None = None  # running mean square of the loss
         self._stepped: Tensor | None = None  # γ after the step of this update, to gather it once
         self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
@@ -492,7 +497,7 @@ class PrimalDual(ConstrainedOptimizer):
         if not math.isfinite(everywhere.item()):
             return self._skip(state, everywhere, f"loss {everywhere.item()}")
         if self.cmp.form == "tolerance":
-            self._start_multipliers(everywhere)
+            self._weigh(everywhere)
         dual = self._dual_gradient(state, first, dual_first)
         if dual_first and first and not self._settled:
             if self.clip is not None or not last:  # else nothing can go wrong any more
@@ -535,11 +540,14 @@ class PrimalDual(ConstrainedOptimizer):
         return store
 
     @torch.no_grad()
-    def _start_multipliers(self, loss: Tensor) -> None:
-        """Give multipliers that are 0 still a value in units of the loss."""
-        excess = cast("Tensor", self.cmp.excess).clamp_min(1.0)  # the constraint may well hold already
-        start = TOLERANCE_START * loss.abs() / excess
-        self.cmp.multiplier.copy_(torch.where(self.cmp.multiplier == 0, start, self.cmp.multiplier))
+    def _weigh(self, loss: Tensor) -> None:
+        """Keep the multipliers between a start and a most in units of the loss."""
+        square = loss.square()
+        self._square = square if self._square is None else self._square.lerp(square, _SIZE_RATE)
+        unit = self._square.sqrt() / cast("Tensor", self.cmp.excess).clamp_min(1.0)  # it may well hold already
+        multiplier = self.cmp.multiplier
+        start = torch.where(multiplier == 0, TOLERANCE_START * unit, multiplier)
+        multiplier.copy_(start.minimum(TOLERANCE_MOST * unit))
 
     def zero_grad(self) -> None:
         """Forget the gradients of all variables."""
@@ -721,6 +729,7 @@ class PrimalDual(ConstrainedOptimizer):
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "off": self._off.clone(),
+            "square": self._square,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -741,6 +750,7 @@ class PrimalDual(ConstrainedOptimizer):
             self.scaler.load_state_dict(state["scaler"])
         self.cmp.step, self.skipped = state["step"], state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._square = None if state["square"] is None else state["square"].to(self.cmp.multiplier.device)
         self._micro_step = 0
         with torch.no_grad():
             self._retire(state["off"].clone())

@@ -180,7 +180,10 @@ def test_a_tolerance_asked_for_is_kept_and_used(eps):
 
 @pytest.mark.parametrize(("detached", "steps"), [(False, 40), (False, 150), (False, 300), (True, 300)])
 def test_the_model_collapses_only_if_the_norm_is_held_fixed(detached, steps, monkeypatch):
-    """Were ‖f‖ not differentiated, a smaller f would pass for a more symmetric one. A short training does no harm."""
+    """Were ‖f‖ not differentiated, a smaller f would pass for a more symmetric one. A short training does no harm.
+
+    That the constraint weighs no more than the loss would save the task from the collapse as well.
+    """
     squares = Watch.squares
 
     def held_fixed(self, group, step, divided):
@@ -189,6 +192,7 @@ def test_the_model_collapses_only_if_the_norm_is_held_fixed(detached, steps, mon
 
     if detached:
         monkeypatch.setattr(Watch, "squares", held_fixed)
+        monkeypatch.setattr(ace.problem, "TOLERANCE_MOST", math.inf)
     task, model, _, _ = train(0.02, steps=steps)
     batch = next(task.batches("test", 2000))
     with torch.no_grad():
@@ -211,6 +215,24 @@ def test_a_slack_tolerance_costs_nothing():
 def test_the_units_of_the_loss_are_those_of_the_multiplier():
     multipliers = {scale: train(0.05, steps=300, scale=scale)[2].cmp.multiplier.item() for scale in (1.0, 1024.0)}
     assert multipliers[1024.0] / multipliers[1.0] == pytest.approx(1024.0, rel=0.2)
+
+
+def test_a_tolerance_out_of_reach_weighs_no_more_than_the_loss():
+    """Nothing is wound up while the weights cannot follow; here they never can."""
+    model, pos = Field(1.0), torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+    ace.relax(model, layers=nn.Linear, example={"pos": pos})
+    for scale in (1.0, 1e3):
+        problem = ace.Problem(
+            model, lambda m, b, scale=scale: scale * m(b).square().mean(), ace.EquivarianceError(ace.O3(), 0.1, **TYPES)
+        )
+        optimizer = ace.PrimalDual(problem, torch.optim.SGD(model.parameters(), 0.0), steps=400)
+        prices = []
+        for _ in range(200):
+            rollout = optimizer.roll(pos)
+            prices.append((problem.multiplier * problem.excess / rollout.loss).item())
+        assert prices[0] == pytest.approx(0.01, rel=0.2)
+        assert prices[-1] == pytest.approx(1.0, rel=0.2)  # one rate above at most, and the draws of the elements
+        assert max(prices) < 1.2
 
 
 def test_several_groups_have_a_multiplier_each():
