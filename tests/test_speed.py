@@ -13,7 +13,7 @@ from toys import batches, network, regression
 
 import ace
 from benchmarks.speed import machinery
-from benchmarks.speed.accuracy import runs, time_to_accuracy
+from benchmarks.speed.accuracy import by_method, main, runs, time_to_accuracy
 from benchmarks.speed.timing import interleaved
 from benchmarks.train import run
 
@@ -68,6 +68,22 @@ def test_only_models_that_could_be_shipped_count_as_having_got_there(tmp_path):
     assert row.errors.index.tolist() == [20]
 
 
+@pytest.mark.usefixtures("cache")
+def test_runs_of_a_second_folder_join_those_of_the_first(tmp_path, monkeypatch):
+    for seed in range(2):
+        for method in ("strict", "ace"):
+            config = tiny(f"method={method}", f"seed={seed}")
+            run(config, tmp_path / str(seed) / config.folder)
+    (tmp_path / "out").mkdir()
+    for folder in ("0", "1", "1"):
+        monkeypatch.setattr("sys.argv", ["accuracy", str(tmp_path / folder), "--out", str(tmp_path / "out")])
+        main()
+    rows = pd.read_csv(tmp_path / "out" / "accuracy.csv")
+    assert rows[["method", "seed"]].to_numpy().tolist() == [["ace", 0], ["strict", 0], ["ace", 1], ["strict", 1]]
+    assert (tmp_path / "out" / "accuracy.md").read_text().count("\n") == 4
+    assert by_method(rows)["runs"].tolist() == [2, 2]
+
+
 @pytest.mark.parametrize(("errors", "reached", "seconds"), [([0.9, 0.4], 1, 10.0), ([0.9, 0.6], 0, None)])
 def test_time_to_the_error_where_strict_ended(errors, reached, seconds):
     rows = [
@@ -78,7 +94,7 @@ def test_time_to_the_error_where_strict_ended(errors, reached, seconds):
             ("ace", 1, pd.Series(errors, index=[10, 20])),  # no strict run to compare with
         ]
     ]
-    table = time_to_accuracy(pd.DataFrame(rows)).set_index("method")
+    table = by_method(time_to_accuracy(pd.DataFrame(rows))).set_index("method")
     assert table.loc["ace", "runs"] == 1
     assert table.loc["ace", "reached"] == reached
     if seconds is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -47,35 +48,43 @@ def runs(folder: Path) -> pd.DataFrame:
 
 
 def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a method: in how many runs, and in how many processor seconds, it got where strict ended.
+    """Return, for each run, in how many processor seconds it got where strict training ended.
 
     Args:
         found: What ``runs`` returned.
 
     Returns:
-        The table; methods without a strict run of the same task, model and seed are left out.
+        Task, model, the options that were swept, ``method``, ``seed`` and ``seconds``, missing where it did not get
+        there. Runs without a strict one of the same task, model and seed are left out.
     """
     named, conditions = by_setting(found)
-    cases = ["task", "model", *conditions]
-    strict = named[named["method"] == "strict"]
-    targets = {tuple(row[[*cases, "seed"]]): row["errors"].iloc[-1] for _, row in strict.iterrows()}
+    run = ["task", "model", *conditions, "seed"]
+    strict = named[named["method"] == "strict"].set_index(run)["errors"]
+    targets = {key if isinstance(key, tuple) else (key,): errors.iloc[-1] for key, errors in strict.items()}
     rows = []
-    named["method"] = pd.Categorical(named["method"], [*dict.fromkeys([*METHODS, *named["method"]])])
-    for keys, group in named.groupby([*cases, "method"], observed=True):
-        seconds, compared = [], 0
-        for _, row in group.iterrows():
-            target = targets.get(tuple(row[[*cases, "seed"]]))
-            if target is not None:
-                compared += 1
-                seconds += [step * row["seconds"] for step in row["errors"].index[row["errors"] <= target][:1]]
-        if compared:
-            reached = pd.Series(seconds, dtype=float)
-            rows.append(
-                dict(zip([*cases, "method"], keys, strict=True))
-                | {"runs": compared, "reached": len(reached), "seconds, median": round(reached.median(), 1)}
-                | {"least": round(reached.min(), 1), "most": round(reached.max(), 1)}
-            )
-    return pd.DataFrame(rows)
+    for row in named.to_dict("records"):
+        key = tuple(row[name] for name in run)
+        if key in targets:
+            steps = row["errors"].index[row["errors"] <= targets[key]]
+            seconds = steps[0] * row["seconds"] if len(steps) else math.nan
+            rows.append(dict(zip(run, key, strict=True)) | {"method": row["method"], "seconds": seconds})
+    return pd.DataFrame(rows, columns=[*run[:-1], "method", "seed", "seconds"])
+
+
+def by_method(times: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a method: in how many runs it got there, and the median, least and most seconds of these.
+
+    Args:
+        times: What ``time_to_accuracy`` returned.
+    """
+    order = [*dict.fromkeys([*METHODS, *times["method"]])]
+    cases = list(times.columns[: times.columns.get_loc("method")])
+    keys = {case: pd.Categorical(times[case], times[case].unique()) for case in cases}
+    keys["method"] = pd.Categorical(times["method"], order)
+    seconds = times.assign(**keys).groupby([*cases, "method"], observed=True)["seconds"]
+    table = seconds.agg(["size", "count", "median", "min", "max"])
+    table.columns = pd.Index(["runs", "reached", "seconds, median", "least", "most"])
+    return table.reset_index()
 
 
 def wide(table: pd.DataFrame) -> str:
@@ -84,7 +93,7 @@ def wide(table: pd.DataFrame) -> str:
     In brackets, where not all: in how many of the runs the method got there. A dash: in none.
 
     Args:
-        table: What ``time_to_accuracy`` returned.
+        table: What ``by_method`` returned.
 
     Example:
         >>> columns = ["task", "model", "method", "runs", "reached", "seconds, median"]
@@ -116,13 +125,16 @@ def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.accuracy", description=__doc__)
     parser.add_argument("folder", type=Path, help="results of a suite")
-    parser.add_argument("--out", type=Path, help="folder for accuracy.csv, and for accuracy.md relative to strict")
+    parser.add_argument("--out", type=Path, help="folder for accuracy.csv, to which runs are added, and accuracy.md")
     options = parser.parse_args()
-    table = time_to_accuracy(runs(options.folder))
-    print(table.to_string(index=False))
+    times = time_to_accuracy(runs(options.folder))
     if options.out is not None:
-        replace_file(options.out / "accuracy.csv", table.to_csv(index=False).encode())
-        replace_file(options.out / "accuracy.md", wide(table).encode())
+        path = options.out / "accuracy.csv"
+        if path.exists():  # runs of other folders stay
+            times = pd.concat([pd.read_csv(path), times]).drop_duplicates(list(times.columns[:-1]), keep="last")
+        replace_file(path, times.to_csv(index=False, float_format="%.5g").encode())
+        replace_file(options.out / "accuracy.md", wide(by_method(times)).encode())
+    print(by_method(times).to_string(index=False, float_format="{:.3g}".format))
 
 
 if __name__ == "__main__":
