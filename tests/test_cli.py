@@ -220,12 +220,17 @@ def test_an_interrupted_suite_has_exit_code_130_and_leaves_nothing_running(tmp_p
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs in background
     )
-    while not any(map(is_locked, tmp_path.glob("*/*/*"))):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(name)
-    _, stderr = process.communicate(timeout=60)
+    with process:
+        try:
+            while not any(map(is_locked, tmp_path.glob("*/*/*"))):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(name)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert stderr == "interrupted; the same command resumes\n"
     assert not any(map(is_locked, tmp_path.glob("*/*/*")))
