@@ -446,8 +446,8 @@ def plot_comparison(
             _set_ratio_scale(ax)
             ax.set_title("\n".join(case))
         axes[0, 0].set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
-        name = "test error of the shipped model" if metric == "test_shipped" else metric
-        figure.supxlabel(f"{name}, relative to {to}", fontsize=10)
+        label = "test error of the shipped model" if metric == "test_shipped" else metric
+        figure.supxlabel(f"{label}, relative to {to}", fontsize=10)
         bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=axes, aspect=40, pad=0.02)
         bar.set_label("equivariance error of the shipped model (black: exact)")
         _save(figure, path)

@@ -319,7 +319,8 @@ class PrimalDual(ConstrainedOptimizer):
 
     With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
     :math:`\lambda\,(r/\varepsilon)^2`, and dual ascent multiplies: :math:`\lambda \leftarrow \lambda\,
-    (r/\varepsilon)^{\min(40/T,\, 0.1)}`, with :math:`r/\varepsilon` kept within e and 1/e.
+    (r/\varepsilon)^{\min(40/T,\, 0.1)}`, with :math:`r/\varepsilon` kept within e and 1/e, and the price at most the
+    running root mean square of J.
 
     ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
     10c/T, which is critically damped for every c and T.

@@ -230,7 +230,7 @@ def test_an_interrupted_suite_has_exit_code_130_and_leaves_nothing_running(tmp_p
             process.send_signal(name)
             _, stderr = process.communicate(timeout=60)
         finally:
-            process.kill()
+            process.terminate()  # which ends its workers too
     assert process.returncode == 130
     assert stderr == "interrupted; the same command resumes\n"
     assert not any(map(is_locked, tmp_path.glob("*/*/*")))

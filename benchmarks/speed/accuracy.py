@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import ace
-from ace.comparison import OPTION, by_setting
+from ace.comparison import OPTION, by_setting, case_names
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY
@@ -60,7 +60,7 @@ def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
     named, conditions = by_setting(found)
     run = ["task", "model", *conditions, "seed"]
     strict = named[named["method"] == "strict"].set_index(run)["errors"]
-    targets = {key if isinstance(key, tuple) else (key,): errors.iloc[-1] for key, errors in strict.items()}
+    targets = {key: errors.iloc[-1] for key, errors in strict.items()}
     rows = []
     for row in named.to_dict("records"):
         key = tuple(row[name] for name in run)
@@ -105,11 +105,12 @@ def wide(table: pd.DataFrame) -> str:
         | ace    | 1.25 (2 of 3) |
     """
     cases = list(table.columns[: table.columns.get_loc("method")])
+    groups = dict(iter(table.groupby(cases, sort=False)))
     columns = {}
-    for case, rows in table.groupby(cases, sort=False):
+    for case, rows in zip(case_names(list(groups), cases[2:]), groups.values(), strict=True):
         of_method = rows.set_index("method")
         reference = of_method["seconds, median"]["strict"]
-        columns[" ".join(str(value) for value in case if value != "")] = {
+        columns[" ".join(case)] = {
             method: "–"
             if row["reached"] == 0
             else f"{row['seconds, median'] / reference:.2f}"
