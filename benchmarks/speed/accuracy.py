@@ -133,7 +133,7 @@ def main() -> None:
         path = options.out / "accuracy.csv"
         if path.exists():  # runs of other folders stay
             times = pd.concat([pd.read_csv(path), times]).drop_duplicates(list(times.columns[:-1]), keep="last")
-        replace_file(path, times.to_csv(index=False, float_format="%.5g").encode())
+        replace_file(path, times.to_csv(index=False, float_format="%.7g").encode())
         replace_file(options.out / "accuracy.md", wide(by_method(times)).encode())
     print(by_method(times).to_string(index=False, float_format="{:.3g}".format))
 
