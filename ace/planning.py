@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ace.calls import tensors_in
 from ace.errors import AceError, LayerNotCalled, NoLayerMatched, NotAttachable
 from ace.generic import generic_term
 from ace.inputs import moved_example, parameter_names, positions_of, unused_names
-from ace.probing import is_inert, is_scripted, record, unreached
+from ace.probing import is_inert, is_scripted, record, record_both, unreached
 from ace.terms import (
     Call,
     Make,
@@ -145,11 +146,12 @@ class _Trial:
         self.rows: tuple[int, ...] = ()
         if example is None:
             return
-        self.calls = record(model, layers, example)
         there = moved_example(model, example, inputs)
         if there is not None:
-            self.moved = record(model, layers, there)
+            move = partial(moved_example, model, given=inputs)
+            self.calls, self.moved = record_both(model, layers, example, move)
         else:
+            self.calls = record(model, layers, example)
             logger.info("no input is known to move: terms are not tried for symmetry; name types with inputs=")
         select = positions
         if select is None and (found := positions_of(model, example, inputs)) is not None:

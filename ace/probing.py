@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ace.calls import call, merge, parts_of, rebuild, tensors_in
+from ace.calls import call, map_tensors, merge, parts_of, rebuild, tensors_in
 from ace.generic import same, tolerance_of
 from ace.terms import Call, Positions
+
+logger = logging.getLogger("ace")
 
 
 def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> dict[str, Call]:
@@ -47,13 +51,60 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> d
     return calls
 
 
-def _snapshot(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy containers, not the tensors in them; one that occurs twice is one object in the copy too."""
+def record_both(
+    model: nn.Module, layers: Mapping[str, nn.Module], example: Any, move: Callable[[Any], Any]
+) -> tuple[dict[str, Call], dict[str, Call]]:
+    """Record the calls for an example and for its transform, which are to be compared, free of rounding on the way.
+
+    Rounding decides which of two points at nearly the same distance is the nearest, and a neighbour that changes
+    changes all that follows by much more than rounding. So the example is moved, and a copy of the model run on it, in
+    float64, and only what that computed is rounded to the dtypes in which the model computes it.
+
+    Args:
+        model: The model.
+        layers: The layers to watch, by path.
+        example: What the model is called with.
+        move: Returns the transform of an example.
+
+    Returns:
+        The calls by path, as ``record``, of the example and of its transform. As the model itself computes them where
+        it cannot be copied, does not run in float64, or runs through other layers there.
+    """
+    plain = record(model, layers, example), record(model, layers, move(example))
+    try:
+        with default_dtype(torch.float64):
+            twin = copy.deepcopy(model).double()
+            modules = dict(twin.named_modules())
+            watched, fine = {path: modules[path] for path in layers}, map_tensors(_double, example)
+            exact = record(twin, watched, fine), record(twin, watched, move(fine))
+        here, there = (
+            {path: Call(*_snapshot(tuple(calls[path]), {}, tuple(seen))) for path, seen in own.items()}
+            for own, calls in zip(plain, exact, strict=True)
+        )
+    except Exception as problem:  # whatever someone else's model raises in a dtype that is not its own
+        logger.info("layers are compared in the model's own dtype, since it does not run in float64: %s", problem)
+        return plain
+    return here, there
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+
+
+def _snapshot(value: Any, copies: dict[int, Any], like: Any = None) -> Any:
+    """Copy containers, not the tensors in them; what occurs twice is one object in the copy too.
+
+    With ``like``, a structure that is the same, tensors are copied too: in the dtypes that they have there.
+    """
+    if isinstance(value, Tensor):
+        return value if like is None else copies.setdefault(id(value), value.to(like.dtype))
     parts = parts_of(value)
     if parts is None:
         return value
     if id(value) not in copies:
-        copies[id(value)] = rebuild(value, {key: _snapshot(part, copies) for key, part in parts.items()})
+        others = parts_of(like) or {}
+        new = {key: _snapshot(part, copies, None if like is None else others[key]) for key, part in parts.items()}
+        copies[id(value)] = rebuild(value, new)
     return copies[id(value)]
 
 

@@ -20,7 +20,6 @@ from benchmarks import data, shapes
 from benchmarks.config import load_run
 from benchmarks.diagnose import Shuffled
 from benchmarks.models import MODELS
-from benchmarks.models.vn import VNBlock
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.modelnet import ModelNet, centred, rotated
 from benchmarks.train import CALIBRATION, build_model, build_task, run, shipped_model, training_batches
@@ -438,11 +437,6 @@ def test_a_diagnosis_trains_on_clouds_drawn_anew_too():
     assert not torch.equal(second.inputs["points"], again.inputs["points"])
     torch.manual_seed(0)
     assert torch.equal(next(iter(Shuffled(task, 50))).inputs["points"], first.inputs["points"])
-
-
-def test_a_term_beside_vector_neurons_needs_an_example(task):
-    with pytest.raises(ace.errors.NotAttachable, match="example"):
-        ace.relax(build("vn-pointnet", task), layers=VNBlock)
 
 
 class Killed(BaseException):

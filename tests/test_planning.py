@@ -19,6 +19,7 @@ import ace
 from ace.calls import register_container
 from ace.errors import AceError, NoLayerMatched, NotAttachable
 from ace.terms import RANK, WIDE
+from benchmarks.models.vn import VNDGCNN
 
 POS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
 
@@ -190,6 +191,34 @@ def test_positions_inside_a_nested_batch():
     assert float(ace.equivariance_error(model, batch, ace.O3())) < 1e-5
     assert relaxed_paths(model, batch) == ["network.layers.0", "network.layers.1"]
     assert float(ace.equivariance_error(model, batch, ace.O3())) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbours_that_rounding_decides_do_not_choose_the_layers(seed):
+    torch.manual_seed(seed)
+    lattice = torch.cartesian_prod(*3 * [torch.arange(4.0)])
+    points = lattice + 1e-6 * torch.randn(2, 64, 3)  # which neighbour is nearer is below what float32 computes
+    model = ace.relax(VNDGCNN(classes=10, width=4, k=4, layers=2), example=points)
+    head = [f"head.invariant.frame.{number}" for number in range(3)]
+    assert list(ace.relaxations(model)) == ["convolutions.0", "convolutions.1", "joint", *head]
+    assert all(r.term.reads[0].axes == (-3, -2) for r in ace.relaxations(model).values())
+
+
+class OnlyFloat32(Network):
+    def forward(self, pos):
+        return super().forward(pos.float())
+
+
+class NeverCopied(Network):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("not to be copied")
+
+
+@pytest.mark.parametrize("kind", [OnlyFloat32, NeverCopied])
+def test_a_model_that_does_not_run_in_float64_is_tried_as_it_is(kind, caplog):
+    with caplog.at_level("INFO", logger="ace"):
+        assert relaxed_paths(kind(), POS) == ["layers.0", "layers.1"]
+    assert "own dtype" in caplog.text
 
 
 def test_inputs_whose_names_do_not_tell():

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import ace
-from ace.errors import ConfigError, NotAttachable
+from ace.errors import ConfigError
 from ace.groups import SO2, SO3
 from ace.probing import evaluating
-from ace.terms import DenseTerm, Port, Site, Write
-from benchmarks.models.vn import VNBlock
 from benchmarks.shapes import load_shapes
 from benchmarks.tasks.base import Batch, Task
 
@@ -180,22 +177,6 @@ def rotated(points: Tensor, rotation: Rotation, seed: int) -> Tensor:
     group = SO3() if rotation == "so3" else SO2()  # about z, which is up
     matrices = [element.matrix for element in group.sample(len(points), seed)]
     return points @ torch.stack([m for m in matrices if m is not None]).to(points).mT
-
-
-@ace.register_term(VNBlock)
-def vector_term(site: Site) -> DenseTerm:
-    """Term of a block of vector neurons: dense on the 3·C numbers of each point, or of each pair of neighbours.
-
-    The layout is known, so it is not left to be read off an example: that takes one point whose nearest neighbours
-    change by rounding for a broken symmetry.
-    """
-    if site.call is None:
-        raise NotAttachable("the axes of its tensors are counted from the end: pass relax(..., example=batch)")
-    layer: Any = site.layer
-    dim = site.call.args[0].dim()
-    axes = (1 - dim, 2 - dim)  # channels and components of (B, C, 3, ...)
-    read = Port(0, "x", 3 * layer.channels_in, axes)
-    return site.dense([read], [Write(None, 3 * layer.channels_out, axes, (layer.channels_out, 3))])
 
 
 def _clouds(arrays: dict[str, np.ndarray], split: str, points: int, generator: torch.Generator) -> Clouds:
