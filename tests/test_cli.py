@@ -99,6 +99,10 @@ def test_table_has_a_row_for_every_method(smoke, form):
     assert done.returncode == 0
     rows = [line for line in done.stdout.splitlines() if "nbody" in line]
     assert len(rows) == len(METHODS)
+    if form == "markdown":
+        tested, symmetric = ([row.split("|")[column] for row in rows] for column in (-3, -2))
+        assert any("**" in cell for cell in tested)
+        assert not any("*" in cell for cell in symmetric)
 
 
 def test_table_names_a_column_that_is_not_there(smoke):
