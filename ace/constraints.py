@@ -135,7 +135,7 @@ class Resilient(LayerConstraint):
 
 @dataclass(frozen=True)
 class EquivarianceError(Constraint):
-    r"""The relative equivariance error of the whole model stays within a tolerance, for one group or for several.
+    r"""The relative equivariance error of the whole model: within a tolerance, or paid for; one group or several.
 
     .. math:: r_G = \sqrt{\frac{\sum_s \lVert f(g_s x_s) - g_s f(x_s) \rVert^2}{\sum_s \lVert f(x_s) \rVert^2}}
         \;\le\; \varepsilon
@@ -144,12 +144,17 @@ class EquivarianceError(Constraint):
     forward and backward pass for each group. A mean square hides outliers: with ``quantile=0.95`` it is the 95th
     percentile of the samples' errors that stays within ε.
 
+    With a price ρ instead of a tolerance, :math:`r_G \le u_G` at the price :math:`\tfrac{\rho}{2}\|u\|^2`, as
+    ``Resilient`` has it for the layers, but in units of the running root mean square of the loss, so that ρ needs no
+    knowledge of it. At the solution :math:`u_G = r_G`: with ρ = 1 an error of 0.1 costs 0.5 % of the loss.
+
     The model is called as in the loss, on inputs whose types go by name, as in ``ace.equivariance_error``. Graphs of a
     batch are told apart by an integer input named ``batch``, dense inputs by their first axis.
 
     Args:
         group: A group, or several by name; each gets its own multiplier.
         eps: The tolerance ε: one number, or one for each group by name; ``math.inf`` sets a group free.
+        rho: The price ρ, in place of a tolerance.
         inputs: Types of the model's inputs, where their names do not tell.
         outputs: Types of its outputs, where that is ambiguous.
         quantile: Constrain this quantile of the samples' errors instead of the root mean square.
@@ -158,7 +163,8 @@ class EquivarianceError(Constraint):
         seed: Seed of the elements.
 
     Raises:
-        AceError: A tolerance, quantile, share or margin out of its range, or tolerances for other groups.
+        AceError: Neither a tolerance nor a price, or both; a tolerance, price, quantile, share or margin out of its
+            range; or tolerances for other groups.
 
     Example:
         >>> from ace.groups import SO2, SO3, Tilts
@@ -167,10 +173,13 @@ class EquivarianceError(Constraint):
         >>> parts = {"vertical": SO2(), "tilts": Tilts()}
         >>> EquivarianceError(parts, {"vertical": 0.01, "tilts": float("inf")}).tolerances
         {'vertical': 0.01}
+        >>> list(EquivarianceError(SO3(), rho=1.0).groups)
+        ['SO(3)']
     """
 
     group: Group | Mapping[str, Group]
-    eps: float | Mapping[str, float]
+    eps: float | Mapping[str, float] | None = None
+    rho: float | None = field(default=None, kw_only=True)
     inputs: Mapping[int | str, str] | None = field(default=None, kw_only=True)
     outputs: Any = field(default=None, kw_only=True)
     quantile: float | None = field(default=None, kw_only=True)
@@ -181,9 +190,13 @@ class EquivarianceError(Constraint):
     def __post_init__(self) -> None:
         problems = []
         named = self._named()
+        if (self.eps is None) == (self.rho is None):
+            problems.append("give either a tolerance eps or a price rho")
+        if self.rho is not None and not self.rho > 0:
+            problems.append(f"rho={self.rho}: a price must be positive")
         if isinstance(self.eps, Mapping) and set(self.eps) != set(named):
             problems.append(f"eps names {sorted(self.eps)}, the groups are {sorted(named)}")
-        else:
+        elif self.eps is not None:
             asked = self.eps.values() if isinstance(self.eps, Mapping) else [self.eps]
             problems += [f"a tolerance must be positive, not {eps}" for eps in asked if not eps > 0]
             if not self.tolerances:
@@ -202,12 +215,14 @@ class EquivarianceError(Constraint):
 
     @property
     def tolerances(self) -> dict[str, float]:
-        """The finite tolerances by the name of their group."""
+        """The finite tolerances by the name of their group; none where the error is paid for."""
+        if self.eps is None:
+            return {}
         every = self.eps if isinstance(self.eps, Mapping) else dict.fromkeys(self._named(), self.eps)
         return {name: every[name] for name in self._named() if every[name] != math.inf}
 
     @property
     def groups(self) -> dict[str, Group]:
-        """The groups that have a finite tolerance, by name."""
+        """The groups that have a finite tolerance or a price, by name."""
         named = self._named()
-        return {name: named[name] for name in self.tolerances}
+        return named if self.eps is None else {name: named[name] for name in self.tolerances}

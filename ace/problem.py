@@ -43,7 +43,7 @@ from ace.relaxation import Relaxation, check_called, measuring, relaxations
 from ace.symmetry import Watch
 from ace.terms import matrix_of, operator_norm
 
-Form = Literal["proximal", "augmented", "paper", "tolerance"]
+Form = Literal["proximal", "augmented", "paper", "tolerance", "price"]
 
 DUAL_RATE = 2.0
 """κ_d: the dual rate times the planned steps, in the proximal form."""
@@ -54,7 +54,7 @@ PRICED_RATE = 5.0
 AUGMENTED_RATE = 10.0
 """Dual rate of the augmented form times the planned steps, in units of the penalty."""
 RESILIENT_RATE = 40.0
-"""Dual rate of the resilient constraint times the planned steps, in units of ρ."""
+"""Dual rate of the resilient constraints times the planned steps, in units of ρ."""
 TOLERANCE_RATE = 40.0
 """Rate of log λ times the planned steps, for a tolerance on the equivariance error of the model."""
 FASTEST_TOLERANCE = 0.1
@@ -75,7 +75,8 @@ class Problem(ConstrainedMinimizationProblem):
     Args:
         relaxed: A model that ``relax`` returned, possibly wrapped (``DistributedDataParallel``, compiled).
         loss: ``loss(model, batch)`` returns the task loss, a tensor without axes. Put ``torch.autocast`` in it.
-        constraint: ``Exact()``, ``Bounded(eps)``, ``Resilient(rho)`` or ``EquivarianceError(group, eps)``.
+        constraint: ``Exact()``, ``Bounded(eps)``, ``Resilient(rho)``, ``EquivarianceError(group, eps)`` or
+            ``EquivarianceError(group, rho=rho)``.
 
     Attributes:
         model: The relaxed model as given.
@@ -151,8 +152,8 @@ class Problem(ConstrainedMinimizationProblem):
         """
         if self.form is not None:
             raise AceError(f"the problem was posed before (form {self.form!r}): make a new ace.Problem")
-        if (form == "tolerance") != isinstance(self.constraint, EquivarianceError):
-            raise AceError("a tolerance on the equivariance error has one form of its own: leave out form= and preset=")
+        if (form in ("tolerance", "price")) != isinstance(self.constraint, EquivarianceError):
+            raise AceError("a constraint on the equivariance error has a form of its own: leave out form= and preset=")
         resilient = isinstance(self.constraint, Resilient)
         if resilient and form == "augmented":
             raise AceError(
@@ -230,24 +231,27 @@ class Problem(ConstrainedMinimizationProblem):
         return torch.stack(norms).clamp_min(1e-6)
 
     def _compute_errors(self, watch: Watch) -> CMPState:
-        """Return (r/ε)² - 1 for the primal step and log(r/ε), kept within ±1, for the dual step."""
+        """Return (r/ε)² - 1 for the primal step and log(r/ε), kept within ±1, for the dual step; r under a price."""
         constraint = cast("EquivarianceError", self.constraint)
-        values, strict = [], []
-        for name, group in constraint.groups.items():
+        squares = []
+        for group in constraint.groups.values():
             differences, sizes = watch.squares(group, self.step, self.divided)
-            aim = (1 - constraint.margin) * constraint.tolerances[name]
             if self.divided:
                 differences, sizes = gather(torch.stack((differences, sizes)))
             if constraint.quantile is None:
-                value = differences.mean() / sizes.mean()
+                squares.append(differences.mean() / sizes.mean())
             else:
-                value = torch.quantile(differences, constraint.quantile) / sizes.mean()
-            values.append(value / aim**2 - 1)
-            strict.append(value.detach() / aim**2)
-        self.excess = torch.stack(strict).clamp_min(torch.finfo(strict[0].dtype).tiny).to(self.multiplier)
-        violation = torch.stack(values).to(self.multiplier)
-        slope = 0.5 * self.excess.log().clamp(-2, 2)
-        return CMPState(observed_constraints={self.relaxation: ConstraintState(violation, strict_violation=slope)})
+                squares.append(torch.quantile(differences, constraint.quantile) / sizes.mean())
+        square = torch.stack(squares)
+        square = square.clamp_min(torch.finfo(square.dtype).tiny)
+        if constraint.rho is not None:
+            state = ConstraintState(square.sqrt().to(self.multiplier))
+        else:
+            aims = [((1 - constraint.margin) * eps) ** 2 for eps in constraint.tolerances.values()]
+            excess = (square / square.new_tensor(aims)).to(self.multiplier)
+            self.excess = excess.detach()
+            state = ConstraintState(excess - 1, strict_violation=0.5 * self.excess.log().clamp(-2, 2))
+        return CMPState(observed_constraints={self.relaxation: state})
 
     def state_of(self, loss: Tensor) -> CMPState:
         """Return Cooper's state of the problem for a task loss that was computed already."""
@@ -320,7 +324,8 @@ class PrimalDual(ConstrainedOptimizer):
     With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
     :math:`\lambda\,(r/\varepsilon)^2`, and dual ascent multiplies: :math:`\lambda \leftarrow \lambda\,
     (r/\varepsilon)^{\min(40/T,\, 0.1)}`, with :math:`r/\varepsilon` kept within e and 1/e, and the price at most the
-    running root mean square of J.
+    running root mean square :math:`\bar J` of J. With a price ρ in place of ε it has :math:`\lambda\, r`, the slack is
+    eliminated, and :math:`\lambda \leftarrow \lambda + \tfrac{40}{T}(\rho \bar J r - \lambda)`.
 
     ``"augmented"``: Lagrangian plus :math:`\tfrac{c}{2}\|h\|^2`, γ on SGD with rate 40/(cT), λ on SGD with rate
     10c/T, which is critically damped for every c and T.
@@ -391,8 +396,10 @@ class PrimalDual(ConstrainedOptimizer):
         if _WRAPPERS & {kind.__name__ for kind in type(primal_optimizer).__mro__}:
             self._wrapper, primal_optimizer = primal_optimizer, cast("Any", primal_optimizer).optimizer
         _check_optimizer(problem, primal_optimizer)
-        tolerance = isinstance(problem.constraint, EquivarianceError) and preset is None and form == "proximal"
-        problem.pose("tolerance" if tolerance else preset or form, penalty)
+        own: Form | None = None
+        if isinstance(problem.constraint, EquivarianceError) and preset is None and form == "proximal":
+            own = "tolerance" if problem.constraint.rho is None else "price"
+        problem.pose(own or preset or form, penalty)
         self.steps = steps
         self.polish = polish
         self.clip = clip
@@ -421,6 +428,8 @@ class PrimalDual(ConstrainedOptimizer):
         steps, multiplier = self.steps, problem.multiplier
         if problem.form == "tolerance":
             return [primal], ExponentiatedGradient([multiplier], lr=min(TOLERANCE_RATE / steps, FASTEST_TOLERANCE))
+        if problem.form == "price":
+            return [primal], _resilient(multiplier, cast("Any", problem.constraint).rho, steps)
         if problem.form == "paper":
             rate = primal.param_groups[0]["lr"] if dual_lr is None else dual_lr
             plain: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in primal.defaults else {}
@@ -433,10 +442,8 @@ class PrimalDual(ConstrainedOptimizer):
             gammas: torch.optim.Optimizer = torch.optim.SGD(problem.gammas, lr=4 * AUGMENTED_RATE / (penalty * steps))
             return [primal, gammas], torch.optim.SGD([multiplier], lr=AUGMENTED_RATE * penalty / steps, maximize=True)
         if isinstance(problem.constraint, Resilient):
-            rho = problem.constraint.rho
             gammas = ProximalGradient(problem.gammas, multiplier, lr=PRICED_RATE / steps)
-            rate = min(RESILIENT_RATE / steps, 1.0) * rho
-            return [primal, gammas], torch.optim.SGD([multiplier], lr=rate, weight_decay=1 / rho, maximize=True)
+            return [primal, gammas], _resilient(multiplier, problem.constraint.rho, steps)
         # only where λ drives γ to 0: at a bound it must settle at a value in units of the loss
         carry = isinstance(problem.constraint, Exact)
         gammas = ProximalGradient(problem.gammas, multiplier, lr=PRIMAL_RATE / steps, carry=carry)
@@ -452,7 +459,7 @@ class PrimalDual(ConstrainedOptimizer):
             Cooper's ``RollOut``. ``loss`` is the task loss, of several processes the mean of theirs; ``cmp_state.misc``
             holds ``step``, ``layers`` and, after the step and detached, ``gamma``, ``violation`` (before it) and
             ``multiplier``, each of shape (layers,); under ``EquivarianceError`` the last two are of shape (groups,),
-            named by ``constraints``, and the violation is r/ε - 1.
+            named by ``constraints``, and the violation is r/ε - 1, under a price r.
 
         Raises:
             NonFiniteLoss: After ``max_skipped`` consecutive batches without a finite loss.
@@ -497,7 +504,7 @@ class PrimalDual(ConstrainedOptimizer):
             everywhere = total(everywhere) / processes
         if not math.isfinite(everywhere.item()):
             return self._skip(state, everywhere, f"loss {everywhere.item()}")
-        if self.cmp.form == "tolerance":
+        if self.cmp.form in ("tolerance", "price"):
             self._weigh(everywhere)
         dual = self._dual_gradient(state, first, dual_first)
         if dual_first and first and not self._settled:
@@ -542,10 +549,12 @@ class PrimalDual(ConstrainedOptimizer):
 
     @torch.no_grad()
     def _weigh(self, loss: Tensor) -> None:
-        """Keep the multipliers between a start and a most in units of the loss."""
+        """Follow the size of the loss; keep the multipliers of a tolerance between a start and a most in its units."""
         square = loss.square()
         self._square = square if self._square is None else self._square.lerp(square, _SIZE_RATE)
-        unit = self._square.sqrt() / cast("Tensor", self.cmp.excess).clamp_min(1.0)  # it may well hold already
+        if self.cmp.excess is None:
+            return
+        unit = self._square.sqrt() / self.cmp.excess.clamp_min(1.0)  # it may well hold already
         multiplier = self.cmp.multiplier
         start = torch.where(multiplier == 0, TOLERANCE_START * unit, multiplier)
         multiplier.copy_(start.minimum(TOLERANCE_MOST * unit))
@@ -569,6 +578,8 @@ class PrimalDual(ConstrainedOptimizer):
                 ascent /= units.square()
             weight.add_(ascent, alpha=dual.param_groups[0]["lr"] / left).relu_()
         else:
+            if self.cmp.form == "price":
+                cast("Tensor", weight.grad).mul_(cast("Tensor", self._square).sqrt())
             super().dual_step()
         if isinstance(constraint, Bounded):
             # no wind-up: a multiplier that holds γ at 0, well inside of its bound, is too large
@@ -755,6 +766,12 @@ class PrimalDual(ConstrainedOptimizer):
         self._micro_step = 0
         with torch.no_grad():
             self._retire(state["off"].clone())
+
+
+def _resilient(multiplier: nn.Parameter, rho: float, steps: int) -> torch.optim.Optimizer:
+    """Return the dual optimizer of a price: gradient ascent, of which λ/ρ is the slack that was eliminated."""
+    rate = min(RESILIENT_RATE / steps, 1.0) * rho
+    return torch.optim.SGD([multiplier], lr=rate, weight_decay=1 / rho, maximize=True)
 
 
 def _check_linear(attached: Mapping[str, Relaxation]) -> None:

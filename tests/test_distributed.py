@@ -30,7 +30,8 @@ TYPES = {"inputs": {"pos": "vector"}, "outputs": {"forces": "vector", "energy": 
 
 
 def tolerance(*groups, **options):
-    return ace.EquivarianceError({str(group): group for group in groups}, 0.1, **TYPES, **options)
+    eps = None if "rho" in options else 0.1
+    return ace.EquivarianceError({str(group): group for group in groups}, eps, **TYPES, **options)
 
 
 SCENARIOS = {
@@ -47,6 +48,7 @@ SCENARIOS = {
     "tolerance": (tolerance(ace.O3()), {}),
     "tolerance-several": (tolerance(ace.SO3(), ace.Tilts(), ace.Permutations()), {"clip": 0.5}),
     "tolerance-quantile": (tolerance(ace.O3(), quantile=0.8), {}),
+    "price": (tolerance(ace.SO3(), ace.Tilts(), rho=3.0), {"accumulate": 2}),
 }
 SHARDED = (
     *(f"exact-{measure}" for measure in MEASURES),

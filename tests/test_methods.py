@@ -230,6 +230,14 @@ def test_constrained_methods_report_what_the_history_records(name):
     assert all(record[quantity].shape == (2,) for quantity in ("gamma", "violation", "multiplier"))
 
 
+def test_the_error_of_the_model_may_be_paid_for():
+    method, config, task = start("ace-resilient", "method.measure=equivariance", "method.rho=2")
+    record = steps(method, config, task, 3)[-1]
+    assert record["constraints"] == (str(task.group),)
+    assert record["violation"].shape == record["multiplier"].shape == (1,)
+    assert record["multiplier"].item() > 0
+
+
 def test_ace_meets_its_constraint_and_the_published_form_does_not():
     largest = {}
     for name in ("ace", "ace-paper"):

@@ -29,7 +29,7 @@ def runs(method, points, seeds=(0, 1)):
     )
 
 
-OPTIONS = {"penalty": "weight", "ace-tolerance": "eps"}
+OPTIONS = {"penalty": "weight", "ace-tolerance": "eps", "ace-resilient": "rho"}
 STRICT = runs("strict", {None: (1e-7, 4.0)})
 PENALTY = runs("penalty", {1: (0.2, 1.0), 2: (0.1, 2.0), 9: (0.01, 3.0)})
 
@@ -70,6 +70,14 @@ def test_the_table_counts_the_kept_tolerances_and_names_the_best_rival():
     assert loose.startswith("| 0.1 | 2 of 2 | 0.1 | 0.1 | 0.2 | 1.5 | 0.250 ± 0 | 0.500 (penalty) |")
     assert tight.startswith("| 0.05 | 0 of 2 | 0.06 |")
     assert tight.endswith("0.750 (penalty) |")
+
+
+def test_what_is_paid_for_makes_two_methods():
+    layers = runs("ace-resilient", {1: (0.2, 2.0)}).assign(**{"config.method.measure": "strength"})
+    model = runs("ace-resilient", {1: (0.1, 1.0), 3: (0.05, 2.0)}).assign(**{"config.method.measure": "equivariance"})
+    frame = joined(STRICT, layers, model)
+    assert list(frame["method"].unique()) == ["strict", "ace-resilient", pareto.OF_MODEL]
+    assert set(frame["setting"]) == {"strict", "ace-resilient", *(f"{pareto.OF_MODEL}, rho={rho}" for rho in (1, 3))}
 
 
 def test_a_figure_shows_every_method(tmp_path):

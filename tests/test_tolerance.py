@@ -1,4 +1,4 @@
-"""A tolerance on the equivariance error of the whole model: measured as said, kept, and kept by no trick."""
+"""A tolerance on, or a price of, the equivariance error of the whole model: measured as said, kept by no trick."""
 
 from __future__ import annotations
 
@@ -212,8 +212,11 @@ def test_a_slack_tolerance_costs_nothing():
     assert optimizer.cmp.multiplier.item() < 1e-5
 
 
-def test_the_units_of_the_loss_are_those_of_the_multiplier():
-    multipliers = {scale: train(0.05, steps=300, scale=scale)[2].cmp.multiplier.item() for scale in (1.0, 1024.0)}
+@pytest.mark.parametrize(("eps", "rho"), [(0.05, None), (None, 3.0)])
+def test_the_units_of_the_loss_are_those_of_the_multiplier(eps, rho):
+    multipliers = {
+        scale: train(eps, steps=300, scale=scale, rho=rho)[2].cmp.multiplier.item() for scale in (1.0, 1024.0)
+    }
     assert multipliers[1024.0] / multipliers[1.0] == pytest.approx(1024.0, rel=0.2)
 
 
@@ -235,6 +238,50 @@ def test_a_tolerance_out_of_reach_weighs_no_more_than_the_loss():
         assert max(prices) < 1.2
 
 
+def test_a_price_reaches_the_solution(float64):
+    """y = x + d + noise and f(x) = x + b: J and r are known functions of b, and so is where J' + ρ J̄ r r' vanishes."""
+    rho, noise, wind = 6.0, 0.3, 0.5
+    generator = torch.Generator().manual_seed(0)
+    pos = torch.randn(8192, 3, generator=generator)
+    pos -= pos.mean(0)
+    target = pos + torch.tensor([0.0, 0.0, wind]) + noise * torch.randn(pos.shape, generator=generator)
+    model = Field(0.0)
+    ace.relax(model, layers=nn.Linear, example={"pos": pos})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "offset")
+    ace.relaxations(model)["dense"].gamma.data.zero_()
+    problem = ace.Problem(
+        model, lambda m, b: (m(b) - target).square().mean(), ace.EquivarianceError(ace.O3(), rho=rho, **TYPES)
+    )
+    optimizer = ace.PrimalDual(problem, torch.optim.Adam([*model.parameters()], 1e-2), steps=600)
+    offsets, sizes, errors = [], [], []
+    for _ in range(600):
+        rollout = optimizer.roll(pos)
+        offsets.append(model.offset[2].item())
+        sizes.append(rollout.loss.item())
+        errors.append(rollout.cmp_state.misc["violation"].item())
+    found, size, error = (sum(values[-200:]) / 200 for values in (offsets, sizes, errors))
+    assert problem.multiplier.item() == pytest.approx(rho * size * error, rel=0.02)
+
+    grid = torch.linspace(0.01, wind, 5000)
+    far = pos.square().sum(1).mean()  # E|b - g b|² = 2 |b|²
+    square = 2 * grid.square() / (far + grid.square())
+    loss = noise**2 + (grid - wind).square() / 3
+    slope = torch.gradient(loss, spacing=(grid,))[0] + rho / 2 * loss * torch.gradient(square, spacing=(grid,))[0]
+    expected = grid[slope.abs().argmin()].item()
+    assert 0.2 < expected < 0.8 * wind
+    assert found == pytest.approx(expected, rel=0.05)
+    assert error == pytest.approx(math.sqrt(2 * expected**2 / (far + expected**2)), rel=0.05)
+
+
+def test_a_higher_price_buys_more_symmetry():
+    errors = []
+    for rho in (0.1, 50.0):
+        task, model, _, _ = train(None, steps=400, rho=rho)
+        errors.append(held_out(task, model))
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_several_groups_have_a_multiplier_each():
     groups = {"about z": ace.SO2(), "about x": ace.SO2((1.0, 0.0, 0.0))}
     task, model, optimizer, _ = train({"about z": 0.05, "about x": 0.05}, steps=400, group=groups)
@@ -244,13 +291,14 @@ def test_several_groups_have_a_multiplier_each():
     assert held_out(task, model, groups["about x"]) < 0.055
 
 
-def test_resumed_training_is_bitwise_the_same():
-    _, whole, one, _ = train(0.05, steps=40)
-    _, _, half, _ = train(0.05, steps=40, stop=20)
+@pytest.mark.parametrize(("eps", "rho"), [(0.05, None), (None, 3.0)])
+def test_resumed_training_is_bitwise_the_same(eps, rho):
+    _, whole, one, _ = train(eps, steps=40, rho=rho)
+    _, _, half, _ = train(eps, steps=40, stop=20, rho=rho)
     file = io.BytesIO()
     torch.save(half.state_dict(), file)
     file.seek(0)
-    _, resumed, two, _ = train(0.05, steps=40, resume=torch.load(file, weights_only=True))
+    _, resumed, two, _ = train(eps, steps=40, resume=torch.load(file, weights_only=True), rho=rho)
     assert torch.equal(one.cmp.multiplier, two.cmp.multiplier)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key])
@@ -314,6 +362,9 @@ def test_accumulated_gradients():
     [
         ((0.0,), "must be positive"),
         (({"SO(3)": 0.1},), "the groups are"),
+        ((0.1, {"rho": 1.0}), "either a tolerance eps or a price rho"),
+        ((None,), "either a tolerance eps or a price rho"),
+        ((None, {"rho": 0.0}), "a price must be positive"),
         ((0.1, {"quantile": 1.5}), "quantile"),
         ((0.1, {"share": 0.0}), "share"),
         ((0.1, {"margin": 1.0}), "margin"),
@@ -329,7 +380,7 @@ def test_refused(arguments, message):
 def test_it_has_a_form_of_its_own(options):
     model = ace.relax(VectorNet(0, 0), layers=VectorLayer, example=(torch.randn(8, 3),))
     problem = ace.Problem(model, lambda m, b: m(b).sum(), ace.EquivarianceError(ace.O3(), 0.1, **TYPES))
-    with pytest.raises(AceError, match="one form of its own"):
+    with pytest.raises(AceError, match="a form of its own"):
         ace.PrimalDual(problem, torch.optim.SGD(model.parameters(), 0.1), steps=3, **options)
 
 

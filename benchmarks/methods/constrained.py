@@ -32,6 +32,11 @@ class Constrained(Method):
         """Return what is asked of γ."""
         return ace.Exact()
 
+    def of_model(self, **asked: float) -> ace.EquivarianceError:
+        """Return a constraint on the equivariance error of the whole model, under the group of the task."""
+        types: dict[str, Any] = {"inputs": self.task.input_types, "outputs": self.task.output_type}
+        return ace.EquivarianceError(self.task.group, **types, **asked)
+
     def form(self) -> dict[str, Any]:
         """Return the further arguments of the optimizer."""
         return {}
@@ -62,16 +67,20 @@ class Ace(Constrained):
 
 
 class AceResilient(Constrained):
-    """The relaxation as a price, ``rho``, shipped with the terms that the data pay for."""
+    """The relaxation for a price, ``rho``, shipped with the terms that the data pay for.
+
+    With ``measure="equivariance"`` it is not the layers' terms that are paid for, but the error of the whole model.
+    """
 
     class Options(Relaxing):  # noqa: D106
         rho: float = Field(1.0, gt=0)
-        measure: Literal["strength", "norm", "relative"] = "strength"
+        measure: Literal["strength", "norm", "relative", "equivariance"] = "strength"
 
     ships_relaxed = True
 
-    def constraint(self) -> ace.Resilient:  # noqa: D102
-        return ace.Resilient(self.config.method.rho, measure=self.config.method.measure)
+    def constraint(self) -> ace.Resilient | ace.EquivarianceError:  # noqa: D102
+        rho, measure = self.config.method.rho, self.config.method.measure
+        return self.of_model(rho=rho) if measure == "equivariance" else ace.Resilient(rho, measure=measure)
 
 
 class AceTolerance(Constrained):
@@ -84,13 +93,7 @@ class AceTolerance(Constrained):
     ships_relaxed = True
 
     def constraint(self) -> ace.EquivarianceError:  # noqa: D102
-        return ace.EquivarianceError(
-            self.task.group,
-            self.config.method.eps,
-            inputs=self.task.input_types,
-            outputs=self.task.output_type,
-            share=self.config.method.share,
-        )
+        return self.of_model(eps=self.config.method.eps, share=self.config.method.share)
 
     def admits(self, error: float) -> bool:  # noqa: D102
         return error <= self.config.method.eps

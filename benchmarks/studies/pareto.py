@@ -18,7 +18,6 @@ from ace.comparison import EXACT, OPTION, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.tables import layout, table
-from benchmarks.methods import METHODS
 from benchmarks.report import gather
 
 NEAR = 4.0
@@ -30,12 +29,15 @@ COLUMNS = {
     "cpu_ms_per_step": "CPU ms/step",
 }
 PAIR = ["task", "model"]
+OF_MODEL = "ace-resilient, whole model"
+"""The method that pays for the error of the model, not for the terms of its layers."""
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 """Of the vertical axis, in each decade."""
 STYLE = {
     "strict": ("black", "*"),
     "ace": ("tab:red", "X"),
     "ace-resilient": ("tab:orange", "o"),
+    OF_MODEL: ("darkred", "p"),
     "ace-tolerance": ("tab:red", "o"),
     "unconstrained": ("tab:gray", "P"),
     "augmentation": ("tab:olive", "P"),
@@ -81,8 +83,11 @@ def priced(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The rows, with ``setting`` (the method with the option that was swept) and ``value`` (of that option, else 0),
-        in whose order they are within a method.
+        in whose order they are within a method. What `ace-resilient` pays for makes two methods of it.
     """
+    if (measure := f"{OPTION}method.measure") in runs:
+        of_model = runs[measure] == "equivariance"
+        runs = runs.assign(method=runs["method"].mask(of_model, OF_MODEL)).drop(columns=measure)
     setting = by_setting(runs)[0]["method"]
     value = pd.to_numeric(setting.str.rpartition("=")[2], errors="coerce").fillna(0.0)
     order = {method: number for number, method in enumerate(runs["method"].unique())}
@@ -117,7 +122,7 @@ def tolerances(runs: pd.DataFrame) -> str:
         A Markdown table. The rival's test error is read off its front, see `at_error`.
     """
     ours = runs[runs["method"] == "ace-tolerance"]
-    rivals = [m for m in METHODS if m in set(runs["method"]) and not m.startswith(("ace-tolerance", "ace-paper"))]
+    rivals = [method for method in runs["method"].unique() if method not in ("ace-tolerance", "ace-paper")]
     heading = ["ε", "kept on test data", "error (rms)", "largest", "95th percentile", "test", "relative to strict"]
     lines = []
     for value, of_value in ours.groupby(f"{OPTION}method.eps"):
@@ -157,7 +162,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     inexact = runs.loc[runs["equivariance_rms"] > EXACT, "equivariance_rms"]
     edge = inexact.groupby([runs["method"], runs["setting"]]).mean().min() / 10 if len(inexact) else EXACT
     exact = 0
-    for method in [m for m in METHODS if m in set(runs["method"])]:
+    for method in runs["method"].unique():
         of_method = runs[runs["method"] == method]
         grouped = of_method.groupby("setting")[["equivariance_rms", "relative"]]
         means, errors = grouped.mean(), grouped.sem().fillna(0.0)
