@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ace import plotting
-from ace.comparison import by_setting, compare, rank, relative
+from ace.comparison import OPTION, by_setting, compare, rank, relative, written
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY, load_histories, load_results, status
@@ -107,10 +107,19 @@ def gather(path: Path, folder: Path | None) -> pd.DataFrame:
     if runs.empty:
         raise AceError(f"no runs: there is no {path}, and no folder with runs was given")
     runs = runs.drop_duplicates("config_hash", keep="last")
+    for option in [column for column in runs if column.startswith(OPTION)]:
+        runs[option] = _alike(runs[option])
     orders = {column: list(runs[column].unique()) for column in ("task", "model")} | {"method": list(METHODS)}
     by_place = {column: pd.Categorical(runs[column], values) for column, values in orders.items()}
     in_order = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index
     return runs.loc[in_order].reset_index(drop=True)
+
+
+def _alike(values: pd.Series) -> pd.Series:
+    """Give the values of an option one type: a CSV has 2000 as text where it has a word as well, a folder as number."""
+    text = values.map(written, na_action="ignore")
+    numbers = pd.to_numeric(text, errors="coerce")
+    return numbers if numbers.notna().equals(text.notna()) else text
 
 
 def _failed(folder: Path) -> pd.DataFrame:

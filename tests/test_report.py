@@ -10,6 +10,7 @@ import pytest
 from runs import cache, narrow, tiny  # noqa: F401
 from scipy import stats
 
+from ace.comparison import by_setting
 from ace.errors import AceError
 from ace.tables import table
 from benchmarks.report import against_strict, gather, main
@@ -93,6 +94,23 @@ def test_a_folder_without_the_option_that_was_swept_leaves_the_settings_apart(tm
     (tmp_path / "runs" / "summary.json").write_text(json.dumps({**identity, "method": "strict", "config_hash": "s"}))
     frame = gather(tmp_path / "tiny.csv", tmp_path / "runs")
     assert frame["config_hash"].tolist() == ["s", "p1", "p2"]
+
+
+def test_an_option_that_is_a_word_elsewhere_is_the_same_in_both(tmp_path):
+    def row(task, seed, **options):
+        text = {f"config.{name}": value for name, value in options.items()}
+        return {"task": task, "model": "egnn", "method": "strict", "seed": seed, "status": "done", **text}
+
+    rows = [row("nbody", 0, **{"task.test": 2000}), row("digits", 0, **{"task.test": "rotated"})]
+    pd.DataFrame([{**r, "config_hash": r["task"]} for r in rows]).to_csv(tmp_path / "tiny.csv", index=False)
+    for number, new in enumerate([row("nbody", 1, **{"task.test": 2000}), row("molecules", 1)]):
+        folder = tmp_path / "runs" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("")
+        (folder / "summary.json").write_text(json.dumps({**new, "config_hash": str(number)}))
+    named, conditions = by_setting(gather(tmp_path / "tiny.csv", tmp_path / "runs"))
+    assert conditions == []
+    assert len(named) == 4
 
 
 def test_differences_to_strict_are_paired():
