@@ -61,6 +61,7 @@ def report(folder: Path, out: Path) -> None:
     """
     runs = gather(out / "pareto.csv", folder)
     replace_file(out / "pareto.csv", runs.to_csv(index=False, float_format="%.7g").encode())
+    runs = gather(out / "pareto.csv", None)
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
     parts, kept = [], []
     for (task, model), of_task in runs.groupby(PAIR, sort=False):
