@@ -57,6 +57,7 @@ _STYLE: dict[Any, Any] = {
 # Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale for lines
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "os^D"
+_LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 _LABELS = {
     "gamma": "relaxation strength γ",
     "violation": "constraint violation",
@@ -244,7 +245,8 @@ def plot_sweep(results: pd.DataFrame, option: str, metric: str = "test_shipped",
 
     def draw(ax: Axes, rows: pd.DataFrame) -> None:
         values = rows[metric].astype(float).replace([np.inf, -np.inf], np.nan)
-        for method, style in _methods(rows).items():
+        for number, (method, style) in enumerate(_methods(rows).items()):
+            style["linestyle"] = _LINES[number // len(_COLOURS) % len(_LINES)]
             of_value = values[rows["method"] == method].groupby(rows[option])
             ax.errorbar(of_value.mean().index, of_value.mean(), of_value.sem().fillna(0.0), label=method, **style)
         if pd.api.types.is_numeric_dtype(places := rows[option].infer_objects()):
@@ -605,8 +607,9 @@ def _methods(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """A style for each method: colours, and beyond those another marker."""
     names: list[str] = list(rows["method"].unique()) if "method" in rows else []
     styles = itertools.product(_MARKERS, _COLOURS)
+    size = 3 if len(names) <= len(_COLOURS) else 5
     return {
-        name: {"color": colour, "marker": marker, "markersize": 3}
+        name: {"color": colour, "marker": marker, "markersize": size}
         for name, (marker, colour) in zip(names, itertools.cycle(styles), strict=False)
     }
 

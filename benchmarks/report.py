@@ -209,7 +209,7 @@ def _draw(frame: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
 
 
 def _axes() -> plotting.Axes:
-    return Figure(figsize=(6.4, 3.6), layout="constrained", dpi=110).subplots()
+    return Figure(figsize=(7.2, 4.4), layout="constrained", dpi=110).subplots()
 
 
 def _write(path: Path, text: str) -> None:
