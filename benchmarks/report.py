@@ -57,9 +57,7 @@ def report(name: str, out: Path, folder: Path | None = None, reference: str = "s
         reference: The method, with its setting where that was swept, to which the wide tables are relative.
     """
     out.mkdir(parents=True, exist_ok=True)
-    runs = gather(out / f"{name}.csv", folder)
-    replace_file(out / f"{name}.csv", runs.to_csv(index=False, float_format="%.7g").encode())
-    runs = gather(out / f"{name}.csv", None)  # as rounded there, so that the page can be had again from the CSV alone
+    runs = added(out / f"{name}.csv", folder)
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
     _write(out / f"{name}-tables.md", _tables(runs))
     _write(out / f"{name}-wide.md", _wide(runs, reference))
@@ -85,6 +83,12 @@ def report(name: str, out: Path, folder: Path | None = None, reference: str = "s
         for (task, model), of_pair in frame.groupby(["task", "model"], observed=True):
             same = (runs["task"] == task) & (runs["model"] == model)
             _draw(of_pair, runs[same], out / f"{name}-{task}-{model}.png")
+
+
+def added(path: Path, folder: Path | None) -> pd.DataFrame:
+    """Add the runs of a folder to a CSV; return the rows as it has them, from which a page can be had again."""
+    replace_file(path, gather(path, folder).to_csv(index=False, float_format="%.7g").encode())
+    return gather(path, None)
 
 
 def gather(path: Path, folder: Path | None) -> pd.DataFrame:

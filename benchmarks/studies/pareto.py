@@ -18,7 +18,7 @@ from ace.comparison import EXACT, OPTION, by_setting
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.tables import layout, table
-from benchmarks.report import gather
+from benchmarks.report import added
 
 NEAR = 4.0
 """Settings whose errors differ by more than this factor are not joined: nothing is known of what lies between."""
@@ -59,9 +59,7 @@ def report(folder: Path, out: Path) -> None:
         folder: Folder of the suite; runs of earlier folders that ``pareto.csv`` holds stay.
         out: Where to.
     """
-    runs = gather(out / "pareto.csv", folder)
-    replace_file(out / "pareto.csv", runs.to_csv(index=False, float_format="%.7g").encode())
-    runs = gather(out / "pareto.csv", None)
+    runs = added(out / "pareto.csv", folder)
     runs["cpu_ms_per_step"] = 1000 * runs["cpu_seconds_per_step"]
     parts, kept = [], []
     for (task, model), of_task in runs.groupby(PAIR, sort=False):
