@@ -415,7 +415,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
         self._held: list[Relaxation] = []  # those of these layers, where their terms are in the graph still
-        self._settled = False  # all of them are off
+        self._settled: ConstraintState | None = None  # what is observed once all of them are off
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
         self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
@@ -488,7 +488,7 @@ class PrimalDual(ConstrainedOptimizer):
         """
         if last is not None and self.accumulate > 1:
             raise AceError(f"update: last={last} with accumulate={self.accumulate}: only one of the two may count")
-        self._stepped = None
+        self._stepped = None if self._settled is None else self._settled.violation
         first = self._micro_step == 0
         last = self._micro_step == self.accumulate - 1 if last is None else last
         # where it needs no batch, or a single one, the violation is known before the primal step
@@ -498,7 +498,7 @@ class PrimalDual(ConstrainedOptimizer):
             self._before = None
             if self.step == 0:
                 check_called(self.cmp.model)
-        state = self.cmp.state_of(loss)
+        state = self._state(loss)
         everywhere = loss.detach()
         if (processes := world_size()) > 1:  # not finite on one of them: all of them skip the batch
             everywhere = total(everywhere) / processes
@@ -507,7 +507,7 @@ class PrimalDual(ConstrainedOptimizer):
         if self.cmp.form in ("tolerance", "price"):
             self._weigh(everywhere)
         dual = self._dual_gradient(state, first, dual_first)
-        if dual_first and first and not self._settled:
+        if dual_first and first and self._settled is None:
             if self.clip is not None or not last:  # else nothing can go wrong any more
                 self._before = self.cmp.multiplier.detach().clone()
             self.dual_step()
@@ -525,7 +525,7 @@ class PrimalDual(ConstrainedOptimizer):
                 self._average_gammas()
                 if not self._clip():
                     return self._skip(state, everywhere, "gradient not finite")
-                if not dual_first:
+                if not dual_first and self._settled is None:
                     cast("Tensor", self.cmp.multiplier.grad).div_(batches)
                     self.dual_step()
                 self.primal_step()
@@ -533,12 +533,20 @@ class PrimalDual(ConstrainedOptimizer):
                 self._skipped_in_a_row = 0
             return self._report(RollOut(everywhere, state, primal, dual), skipped=False)
 
+    def _state(self, loss: Tensor) -> CMPState:
+        """Evaluate the constraints; where no term is left there is nothing to look at, and γ is 0."""
+        if self._settled is None:
+            return self.cmp.state_of(loss)
+        return CMPState(loss, observed_constraints={self.cmp.relaxation: self._settled})
+
     def _dual_gradient(self, state: CMPState, first: bool, dual_first: bool) -> LagrangianStore:
         """Return the dual Lagrangian; its gradient is left in the multipliers where this batch is to move them."""
+        if self._settled is not None:
+            return LagrangianStore(self.cmp.multiplier.new_zeros(()))
         if self.cmp.form == "proximal" and dual_first:  # as below, but the engine of autograd has a price
             violation = state.observed_constraints[self.cmp.relaxation].extract_violations()[1].detach()
             multiplier = self.cmp.multiplier
-            if first and not self._settled:
+            if first:
                 multiplier.grad = violation
             return LagrangianStore(torch.dot(multiplier.detach(), violation))
         store = state.compute_dual_lagrangian()
@@ -561,7 +569,7 @@ class PrimalDual(ConstrainedOptimizer):
 
     def zero_grad(self) -> None:
         """Forget the gradients of all variables."""
-        for optimizer in self._primal:
+        for optimizer in self._moving:
             optimizer.zero_grad()
         self.cmp.multiplier.grad = None
 
@@ -592,7 +600,7 @@ class PrimalDual(ConstrainedOptimizer):
             for relaxation in self._held:
                 relaxation.zero_grad()
         # the weights last: a wrapper updates the scaler after them
-        for optimizer in reversed(self._primal[:1] if self._settled else self._primal):
+        for optimizer in reversed(self._moving):
             if self._wrapper is not None and optimizer is self._primal[0]:
                 self._wrapper.step()
             elif self.scaler is None:
@@ -611,6 +619,11 @@ class PrimalDual(ConstrainedOptimizer):
     def step(self) -> int:
         """Number of updates done."""
         return self.cmp.step
+
+    @property
+    def _moving(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of what still moves: γ does not once no term is left."""
+        return self._primal if self._settled is None else self._primal[:1]
 
     @property
     def _proximal(self) -> ProximalGradient:
@@ -644,7 +657,7 @@ class PrimalDual(ConstrainedOptimizer):
             for gamma, limit in zip(gammas, bound, strict=True):
                 gamma.clamp_(-limit, limit)
             self._stepped = None
-        if not isinstance(constraint, Exact) or self._settled:
+        if not isinstance(constraint, Exact) or self._settled is not None:
             return
         done = torch.ones_like(self._off) if polishing else self._done()
         if done is not self._off and not torch.equal(done, self._off):
@@ -672,11 +685,15 @@ class PrimalDual(ConstrainedOptimizer):
             if is_off and keep:
                 self._held.append(relaxation)
         self._off = off
-        self._settled = bool(off.all())
+        self._settled = None
+        if off.all():
+            self._proximal.zero_grad()  # for the last time
+            nothing = torch.zeros_like(self.cmp.multiplier)  # shared by all reports from here on
+            self._settled = ConstraintState(nothing, contributes_to_primal_update=False)
 
     def _average_gammas(self) -> None:
         """Average the gradients of γ over the processes, unless a wrapper of the model has done so."""
-        if world_size() == 1 or self._wrapped:
+        if self._settled is not None or world_size() == 1 or self._wrapped:
             return
         held = [r.gamma for r in self.cmp.relaxations.values() if r.gamma.requires_grad and not r.retired]
         if held:

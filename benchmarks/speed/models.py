@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,19 +24,26 @@ class Subject:
         example: What it is called with, as in ``ace.relax``.
         loss: Scalar loss of its output.
         size: The sizes that matter, in words.
+        layers: Which layers are relaxed, as in ``ace.relax``; None for those that it chooses.
     """
 
     model: nn.Module
     example: Any
     loss: Callable[[Any], Tensor]
     size: str
+    layers: type[nn.Module] | None = None
 
 
 def segnn() -> Subject:
-    """SEGNN with 64 features and 4 layers on charged N-body systems."""
-    from benchmarks.models.segnn import SEGNN
+    """SEGNN with 64 features and 4 layers on charged N-body systems, a term beside each layer as in the suite."""
+    from benchmarks.models.segnn import SEGNN, SEGNNLayer
 
-    return _nbody(SEGNN)
+    return replace(_nbody(SEGNN), layers=SEGNNLayer)
+
+
+def segnn_products() -> Subject:
+    """The same, a term beside each tensor product on nodes, as ``ace.relax`` chooses."""
+    return replace(segnn(), layers=None)
 
 
 def egnn() -> Subject:
@@ -204,6 +211,7 @@ def _energy_and_forces(energy: str) -> Callable[[Any], Tensor]:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "segnn": segnn,
+    "segnn-products": segnn_products,
     "egnn": egnn,
     "egno": egno,
     "mace": mace,

@@ -50,7 +50,7 @@ def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", 
             continue
         example = map_tensors(lambda tensor: tensor.to(device), subject.example)
         subject = replace(subject, model=subject.model.to(device), example=example)
-        relaxed = ace.relax(copy.deepcopy(subject.model), example=subject.example)
+        relaxed = ace.relax(copy.deepcopy(subject.model), subject.layers, subject.example)
         functions = variants(subject, relaxed, compiled)
         times = interleaved(functions, rounds, steps, device)
         memory = {variant: peak_memory(functions[variant], device) for variant in ("strict", "relaxed")}

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, steps: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """Time functions by turns.
+    """Time functions by turns, each round beginning with the next of them.
 
     On the CPU it is processor time, which other programs on the machine change little; on a GPU it is wall time, with
     the device idle at both ends.
@@ -33,20 +33,22 @@ def interleaved(
         function()
     rows = []
     try:
+        order = list(functions)
         for _ in range(rounds):
             row = {}
             gc.collect()
             gc.disable()  # as timeit does: whom a collection hits is chance
-            for name, function in functions.items():
+            for name in order:
                 start = _now(device)
                 for _ in range(steps):
-                    function()
+                    functions[name]()
                 row[name] = 1000 * (_now(device) - start) / steps
             gc.enable()
             rows.append(row)
+            order.append(order.pop(0))  # what ran before leaves its traces in the caches
     finally:
         gc.enable()
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(functions))
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
