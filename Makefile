@@ -97,7 +97,7 @@ define in_other
 endef
 
 bench-check: $(READY) ## Measure anew, briefly, and fail if a ratio moved against the committed tables
-	$(BIN)/python -m benchmarks.speed check egnn segnn schnet --rounds 8
+	$(BIN)/python -m benchmarks.speed check egnn segnn schnet egno vn-dgcnn
 
 clean: ## Remove .venv, caches and built documentation; results and data stay
 	rm -rf .venv docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -183,8 +183,10 @@ def suite(
 
     ace suite quick --print-commands --out /shared/quick > commands.txt
     """
-    if sum([jobs is not None, ray is not None, print_commands]) > 1 or (gpus and ray is None):
-        raise AceError("give one of --jobs, --ray (with or without --gpus) and --print-commands")
+    if sum([jobs is not None, ray is not None, print_commands]) > 1:
+        raise AceError("give one of --jobs, --ray and --print-commands")
+    if gpus and ray is None:
+        raise AceError("--gpus is for --ray; on this machine the GPUs are shared out among the --jobs by themselves")
     whole = _benchmarks("config").load_suite(config, overrides or ())
     module, executors = _benchmarks("suite"), _benchmarks("executors")
     folder = out or Path("results") / Path(config).stem

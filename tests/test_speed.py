@@ -12,7 +12,9 @@ from torch import nn
 from toys import batches, network, regression
 
 import ace
-from benchmarks.speed import machinery
+from benchmarks.speed import machinery, segnn, steps
+from benchmarks.speed.__main__ import FOLDER, check
+from benchmarks.speed.__main__ import main as measured
 from benchmarks.speed.accuracy import by_method, main, runs, time_to_accuracy
 from benchmarks.speed.timing import interleaved
 from benchmarks.train import run
@@ -57,6 +59,48 @@ def test_functions_take_turns():
     assert "".join(calls) == "ab" + "aabb" + "bbaa"
     assert list(table) == ["a", "b"]
     assert len(table) == 2
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """What is measured anew is what was committed, until a test changes it."""
+    read = {name: pd.read_csv(FOLDER / f"{name}.csv", dtype=str) for name in ("cost", "segnn", "machinery")}
+    monkeypatch.setattr(steps, "measure", lambda names, *_, **__: read["cost"][read["cost"]["model"].isin(names)])
+    monkeypatch.setattr(segnn, "measure", lambda rounds: read["segnn"])
+    monkeypatch.setattr(machinery, "measure", lambda rounds, layers: read["machinery"])
+    return read
+
+
+def test_the_check_names_the_rows_that_moved(tables):
+    assert check(1, ["egnn", "segnn"]) == []
+    cost, own = tables["cost"], tables["machinery"]
+    cost.loc[cost["model"] == "egnn", "retired"] = "1.30 (1.20 to 1.40)"
+    cost.loc[cost["model"] == "egno", "retired"] = "9.00 (8.00 to 10.00)"  # not asked for
+    own.loc[own["a step"] == "ace", own.columns[1]] = "9000 (8000 to 10000)"
+    found = check(1, ["egnn", "segnn"])
+    assert len(found) == 2
+    assert found[0].startswith("egnn, retired: ")
+    assert found[0].endswith(" before, 1.30 now")
+    assert found[1].startswith("machinery, relative to Cooper's: ")
+
+
+def test_the_check_names_what_it_could_not_compare(tables):
+    tables["cost"] = tables["cost"][tables["cost"]["model"] != "mace"]
+    [line] = check(1, ["egnn", "mace"])
+    assert line == "mace: not measured, its library is missing"
+
+
+def test_options_that_a_part_does_not_have_are_refused(monkeypatch, capsys):
+    for words, message in (
+        (["machinery", "egnn"], "leave out egnn"),
+        (["machinery", "--device", "cuda"], "only steps and segnn"),
+        (["all", "--compile"], "--compile is for steps"),
+        (["steps", "resnet"], "unknown models resnet: choose of segnn"),
+    ):
+        monkeypatch.setattr("sys.argv", ["speed", *words])
+        with pytest.raises(SystemExit):
+            measured()
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cache")

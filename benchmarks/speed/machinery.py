@@ -3,7 +3,8 @@
 The loss reads every γ and one weight, and no layer runs: the machinery does not depend on what the layers compute,
 and a forward pass through a thousand of them would bury it. From the time of a step is taken, within each round, the
 time of the same loss, its backward pass and the step of the same optimizer in plain PyTorch: on the weight alone, so
-that what ours does to γ counts as machinery, and in rows of their own on the weight and γ.
+that what ours does to γ counts as machinery, and in rows of their own on the weight and γ. All optimizers of many small
+parameters are in the foreach form, the fastest that torch has for them on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cooper.optim import RollOut
 from torch import Tensor, nn
 
 import ace
-from benchmarks.speed.timing import interleaved, spread
+from benchmarks.speed.timing import interleaved, median_of, spread
 
 LAYERS = (16, 64, 256, 1024)
 STEPS = 10**7  # planned: no term is let go while it is being measured
@@ -87,7 +88,6 @@ def plain(layers: int, retired: bool = False, trained: bool = False) -> Callable
     """The loss, its gradients, and an optimizer of the weight; γ is left where it is, unless it is ``trained`` too."""
     model, gammas, loss = parts(layers, retired)
     weight = model.get_parameter("weight")
-    # of many small parameters, the foreach form of torch's loop is the faster one
     optimizer = torch.optim.Adam([weight, *gammas], 1e-3, foreach=True) if trained else torch.optim.Adam([weight], 1e-3)
 
     def step() -> None:
@@ -127,7 +127,7 @@ def vector(layers: int) -> Callable[[], object]:
             return cooper.CMPState(loss(), observed)
 
     problem = Vanishing()
-    primal = [torch.optim.Adam([model.get_parameter("weight")], 1e-3), torch.optim.SGD(gammas, 1e-6)]
+    primal = [torch.optim.Adam([model.get_parameter("weight")], 1e-3), torch.optim.SGD(gammas, 1e-6, foreach=True)]
     dual = torch.optim.SGD(problem.dual_parameters(), 1e-6, maximize=True)
     return cooper.optim.SimultaneousOptimizer(problem, primal, dual).roll
 
@@ -136,8 +136,8 @@ def scalars(layers: int) -> Callable[[], object]:
     """A Python list of scalar multipliers, γ beside the weights in Adam, another Adam on the list."""
     model, gammas, loss = parts(layers)
     multipliers = [nn.Parameter(torch.zeros(1)) for _ in gammas]
-    primal = torch.optim.Adam([model.get_parameter("weight"), *gammas], 1e-6)
-    dual = torch.optim.Adam(multipliers, 1e-6)
+    primal = torch.optim.Adam([model.get_parameter("weight"), *gammas], 1e-6, foreach=True)
+    dual = torch.optim.Adam(multipliers, 1e-6, foreach=True)
 
     def step() -> None:
         primal.zero_grad()
@@ -152,7 +152,7 @@ def scalars(layers: int) -> Callable[[], object]:
     return step
 
 
-def measure(rounds: int, layers: tuple[int, ...] = LAYERS) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(rounds: int, layers: tuple[int, ...] = LAYERS) -> pd.DataFrame:
     """Return the microseconds of a step: a row for each variant, a column for each number of layers.
 
     Args:
@@ -160,22 +160,26 @@ def measure(rounds: int, layers: tuple[int, ...] = LAYERS) -> tuple[pd.DataFrame
         layers: Numbers of layers, ascending.
 
     Returns:
-        The table as text, and the medians with the growth per layer between the last and the first column.
+        The table as text, its last column the growth per layer between the first and the last number of layers.
     """
-    columns, medians = {}, {}
+    over: dict[int, pd.DataFrame] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in layers:
-            times = interleaved(variants(count, Path(folder)), rounds, max(8, 800 // count))
-            over = 1000 * pd.DataFrame(
+            times = interleaved(variants(count, Path(folder)), rounds, max(16, 800 // count))
+            over[count] = 1000 * pd.DataFrame(
                 {name: times[name] - times[RETIRED if "retired" in name else PLAIN] for name in times.columns[3:]}
             )
             for place, name in enumerate(("ace", "ace, recorded")):  # each below its own row
-                over.insert(2 * place + 1, f"{name}, less Adam on γ", 1000 * (times[name] - times[TRAINED]))
-            columns[f"{count} layers, µs"] = {name: spread(over[name], 0) for name in over}
-            medians[count] = over.median()
-    numbers = pd.DataFrame(medians)
+                over[count].insert(2 * place + 1, f"{name}, less Adam on γ", 1000 * (times[name] - times[TRAINED]))
     first, last = layers[0], layers[-1]
-    growth = (numbers[last] - numbers[first]) / max(last - first, 1)
-    table = pd.DataFrame(columns)
-    table["a further layer, µs"] = [f"{value:.2f}" for value in growth[table.index]]
-    return table.rename_axis("a step").reset_index(), numbers
+    growth = (over[last] - over[first]) / max(last - first, 1)
+    table = pd.DataFrame({f"{count} layers, µs": [spread(over[count][n], 0) for n in over[count]] for count in layers})
+    table["a further layer, µs"] = [spread(growth[name]) for name in growth]
+    table.insert(0, "a step", list(growth))
+    return table
+
+
+def relative(table: pd.DataFrame) -> float:
+    """Return our machinery at the first number of layers, as a share of Cooper's."""
+    first = table.set_index("a step").iloc[:, 0]
+    return median_of(str(first["ace"])) / median_of(str(first["Cooper, one vector"]))

@@ -20,13 +20,15 @@ from ace.calls import call, map_tensors
 from ace.errors import ConstraintNotMet
 from ace.probing import default_dtype
 from benchmarks.speed.models import SUBJECTS, Subject
-from benchmarks.speed.timing import interleaved, peak_memory, spread
+from benchmarks.speed.timing import compile_in_place, interleaved, peak_memory, spread
 
 LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
 RATIOS = ("relaxed", "retired", "restored")
 
 
-def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", compiled: bool = False) -> pd.DataFrame:
+def measure(
+    names: Iterable[str], rounds: int, steps: int, device: str = "cpu", mode: str | None = None
+) -> pd.DataFrame:
     """Return a row of the table for each model.
 
     Args:
@@ -34,7 +36,7 @@ def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", 
         rounds: Number of rounds.
         steps: Steps of each variant in a round.
         device: ``cpu`` or ``cuda``.
-        compiled: Whether the models run through ``torch.compile``.
+        mode: Mode of ``torch.compile``, None for models that run as they are.
 
     Returns:
         The table.
@@ -51,15 +53,17 @@ def measure(names: Iterable[str], rounds: int, steps: int, device: str = "cpu", 
         example = map_tensors(lambda tensor: tensor.to(device), subject.example)
         subject = replace(subject, model=subject.model.to(device), example=example)
         relaxed = ace.relax(copy.deepcopy(subject.model), subject.layers, subject.example)
-        functions = variants(subject, relaxed, compiled)
+        functions = variants(subject, relaxed, mode)
         times = interleaved(functions, rounds, steps, device)
         memory = {variant: peak_memory(functions[variant], device) for variant in ("strict", "relaxed")}
         rows.append(summarise(name, subject, relaxed, times, memory))
+        if device != "cpu":
+            rows[-1]["device"] = torch.cuda.get_device_name(device)
         print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
     return pd.DataFrame(rows)
 
 
-def variants(subject: Subject, relaxed: torch.nn.Module, compiled: bool = False) -> dict[str, Callable[[], object]]:
+def variants(subject: Subject, relaxed: torch.nn.Module, mode: str | None = None) -> dict[str, Callable[[], object]]:
     """Return one function a variant that does a training step."""
     retired = copy.deepcopy(relaxed)
     for relaxation in ace.relaxations(retired).values():
@@ -68,9 +72,9 @@ def variants(subject: Subject, relaxed: torch.nn.Module, compiled: bool = False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstraintNotMet)
         ace.restore(restored)
-    if compiled:
+    if mode is not None:
         for model in (subject.model, relaxed, retired, restored):
-            model.compile()
+            compile_in_place(model, mode)
     return {
         "strict": _plain(subject.model, subject),
         "relaxed": _constrained(relaxed, subject),
