@@ -251,7 +251,7 @@ def plot_sweep(results: pd.DataFrame, option: str, metric: str = "test_shipped",
             ax.errorbar(of_value.mean().index, of_value.mean(), of_value.sem().fillna(0.0), label=method, **style)
         if pd.api.types.is_numeric_dtype(places := rows[option].infer_objects()):
             _set_scale(ax, places, "x")
-        _set_scale(ax, values)
+        _set_scale(ax, values, span=3)
         ax.set(xlabel=option, ylabel=metric)
         ax.legend(**_beside(rows))
 
@@ -568,10 +568,10 @@ def _label(ax: Axes, quantity: str) -> None:
     ax.set(xlabel="step", ylabel=quantity)
 
 
-def _set_scale(ax: Axes, values: pd.Series[float], axis: Literal["x", "y"] = "y") -> None:
-    """Logarithmic over more than a decade; around zero linear, since zero has no logarithm."""
+def _set_scale(ax: Axes, values: pd.Series[float], axis: Literal["x", "y"] = "y", span: float = 10) -> None:
+    """Logarithmic where values are factors of ``span`` and more apart; linear around zero, which has no logarithm."""
     sizes = values.abs()[values != 0].dropna()
-    if sizes.empty or sizes.max() < 10 * sizes.min():
+    if sizes.empty or sizes.max() < span * sizes.min():
         return
     set_scale = ax.set_xscale if axis == "x" else ax.set_yscale
     if (values.dropna() > 0).all():

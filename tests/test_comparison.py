@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, special, stats
 
 from ace.comparison import compare, rank
 from ace.errors import AceError
@@ -30,31 +30,42 @@ def random_runs(seed, methods=4, seeds=5):
     return {f"m{i}": random.normal(1 + 0.3 * i, 0.2, seeds) for i in range(methods)}
 
 
-def least_squares(values):
-    """The t-test of each method against the best, from the linear model with a column for each method and seed."""
-    names, x = list(values), np.log(np.array(list(values.values()))).T
-    seeds, methods = x.shape
-    best = names.index(min(values, key=lambda name: np.mean(values[name])))
-    others = [j for j in range(methods) if j != best]
-    design = np.zeros((x.size, seeds + methods - 1))
-    for row, (i, j) in enumerate(np.ndindex(*x.shape)):
-        design[row, i] = 1
-        if j != best:
-            design[row, seeds + others.index(j)] = 1
-    weights, [square], *_ = np.linalg.lstsq(design, x.ravel(), rcond=None)
-    freedom = x.size - design.shape[1]
-    covariance = square / freedom * np.linalg.inv(design.T @ design)
-    place = {names[j]: seeds + others.index(j) for j in others}
-    raw = {name: stats.t.sf(weights[k] / math.sqrt(covariance[k, k]), freedom) for name, k in place.items()}
-    return names[best], raw
+def slow_tests(values):
+    """One-sided t-tests of each method against the best, variances moderated as Smyth (2004) has it."""
+    names, x = list(values), {name: np.log(column) for name, column in values.items()}
+    best = min(names, key=lambda name: np.mean(values[name]))
+    others = [name for name in names if name != best]
+    seeds = len(x[best])
+    own = seeds - 1
+    variance = {name: np.var(x[name] - x[best], ddof=1) for name in others}
+    prior, common = 0.0, 1.0
+    if len(others) > 1:
+        logs = np.log(list(variance.values()))
+        excess = np.var(logs, ddof=1) - special.polygamma(1, own / 2)
+        if excess <= 0:
+            prior, common = math.inf, np.mean(list(variance.values()))
+        else:
+            prior = 2 * optimize.brentq(lambda half: special.polygamma(1, half) - excess, 1e-8, 1e8, xtol=1e-14)
+            shift = special.digamma(own / 2) - math.log(own / 2) - special.digamma(prior / 2) + math.log(prior / 2)
+            common = math.exp(np.mean(logs) - shift)
+    raw = {}
+    for name in others:
+        moderated = common if prior == math.inf else (prior * common + own * variance[name]) / (prior + own)
+        freedom = min(prior + own, own * len(others))
+        raw[name] = stats.t.sf(np.mean(x[name] - x[best]) / math.sqrt(moderated / seeds), freedom)
+    return best, raw
 
 
-@given(seed=st.integers(0, 1000), methods=st.integers(2, 6))
-@settings(deadline=None, max_examples=15)
-def test_p_values_are_those_of_least_squares_adjusted_one_by_one(seed, methods):
-    values = {name: np.abs(x) + 0.1 for name, x in random_runs(seed, methods).items()}
+@given(seed=st.integers(0, 1000), methods=st.integers(2, 6), uneven=st.sampled_from([1.0, 2.0, 20.0]))
+@settings(deadline=None, max_examples=40)
+def test_p_values_are_those_of_a_slow_loop_adjusted_one_by_one(seed, methods, uneven):
+    """Whether the methods scatter alike or not."""
+    values = {
+        name: np.exp(0.1 * x * uneven ** (place / methods))
+        for place, (name, x) in enumerate(random_runs(seed, methods).items())
+    }
     found = compare(runs(values), "test").loc["nbody", "egnn"]
-    best, raw = least_squares(values)
+    best, raw = slow_tests(values)
     assert found["best"].to_dict() == {method: method == best for method in values}
     least = 0.0
     for place, method in enumerate(sorted(raw, key=raw.get)):
@@ -63,22 +74,33 @@ def test_p_values_are_those_of_least_squares_adjusted_one_by_one(seed, methods):
     assert found["p"][best] == 1
 
 
+def test_a_method_that_scatters_does_not_hide_the_others():
+    close = {"a": [1.00, 1.10, 0.90], "b": [1.21, 1.30, 1.09], "c": [1.02, 1.08, 0.91], "d": [1.10, 1.22, 0.99]}
+    alone = compare(runs(close), "test")["p"].droplevel([0, 1])
+    beside = compare(runs(close | {"wild": [30.0, 1.4, 5.0]}), "test")["p"].droplevel([0, 1])
+    assert alone["b"] < 0.05
+    assert beside["b"] < 0.05
+    assert beside["c"] > 0.05
+
+
 def test_two_methods_are_compared_by_the_paired_t_test():
     a, b = np.array([-1.0, 0.2, 0.5, 0.1]), np.array([-0.7, 0.3, 1.1, 0.2])  # not all positive: no logarithms
     p = compare(runs({"a": a, "b": b}), "test")["p"]["nbody", "egnn", "b"]
     assert p == pytest.approx(stats.ttest_rel(b, a, alternative="greater").pvalue)
 
 
-def test_the_level_holds():
-    """Of methods that are equally good, the best of the others is rarely called worse; a bad one is."""
+@pytest.mark.parametrize("wild", [1.0, 30.0])
+def test_the_level_holds(wild):
+    """Of methods that are equally good, the best of the others is rarely called worse, also where one scatters."""
     random = np.random.default_rng(0)
     repeats = 120
     worse = 0
     for _ in range(repeats):
-        data = random.normal(size=(3, 5)) + random.normal(size=5)  # seeds are harder or easier for all
-        p = compare(runs(dict(zip("abc", data, strict=True))), "test")["p"]
+        data = random.normal(size=(4, 5)) * np.array([[1.0], [1.0], [1.0], [wild]])
+        data = data - data[3].mean() * (np.arange(4) == 3)[:, None] + random.normal(size=5)  # some seeds are harder
+        p = compare(runs(dict(zip("abcd", data, strict=True))), "test")["p"]
         worse += (p < 0.05).any()
-    # the best is chosen by its mean, so the level is not kept exactly: for three methods it is near twice 5 %
+    # the best is chosen by its mean, so the level is not kept exactly: it is near twice 5 %
     assert worse / repeats < 0.2
     clear = compare(runs({"a": [1.0, 1.1, 1.2, 1.0, 1.1], "b": [2.0, 2.1, 2.3, 2.0, 2.2]}), "test")["p"]
     assert clear["nbody", "egnn", "b"] < 1e-4
@@ -100,7 +122,7 @@ def test_missing_values_are_never_good():
     equal = compare(runs({"a": [1.0, 1.5], "b": [1.0, 1.5], "c": [2.0, 2.5]}), "test")
     assert equal["best"].tolist() == [True, True, False]
     assert equal["p"].tolist()[:2] == pytest.approx([1, 0.5])
-    assert equal["p"].iloc[2] < 0.05
+    assert equal["p"].iloc[2] < 0.1
 
 
 def test_the_table_marks_what_is_close():

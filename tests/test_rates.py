@@ -15,14 +15,14 @@ RATES = 10.0 ** np.arange(-4, 0)
 
 
 def runs(**curves):
-    """Rows of two seeds around the test error at each rate; a missing one is a run that failed."""
+    """Rows of two seeds around the error at each rate; a missing one is a run that failed."""
     rows = [
-        (method, seed, rate, error + 0.01 * (-1) ** seed)
+        (method, seed, rate, error + 0.01 * (-1) ** seed, error + 0.01 * (-1) ** seed)
         for method, errors in curves.items()
         for rate, error in zip(RATES, errors, strict=True)
         for seed in range(2)
     ]
-    return pd.DataFrame(rows, columns=["method", "seed", RATE, "test_shipped"])
+    return pd.DataFrame(rows, columns=["method", "seed", RATE, "valid_shipped", "test_shipped"])
 
 
 def test_range_is_that_around_the_best_rate_and_failures_are_counted():
@@ -34,6 +34,14 @@ def test_range_is_that_around_the_best_rate_and_failures_are_counted():
     assert found["failed"].tolist() == [0, 0.5, 0]
     np.testing.assert_allclose(found["test"], 1)
     np.testing.assert_allclose(found["error"], 0.01)
+
+
+def test_the_rate_is_chosen_without_looking_at_the_test_split():
+    frame = runs(strict=[2.0, 1.0, 1.5, 3.0])
+    frame["test_shipped"] = np.repeat([1.0, 1.3, 1.4, 1.5], 2)
+    [row] = sensitivity(frame).itertuples()
+    assert row[1] == RATES[1]
+    assert row.test == 1.3
 
 
 @given(st.lists(st.floats(0.5, 20), min_size=4, max_size=4), st.floats(0.1, 10))

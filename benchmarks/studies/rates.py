@@ -1,8 +1,8 @@
 """How much does the learning rate matter, and how often does training fail? From the runs of ``rates.yaml``.
 
 ``python -m benchmarks.studies.rates docs/results`` reads ``rates.csv``, which ``python -m benchmarks.report rates``
-writes, and writes ``rates-sensitivity.md``: for each method its best rate, how wide the range of good rates is, and the
-share of runs that failed.
+writes, and writes ``rates-sensitivity.md``: for each method its best rate, chosen on the validation split, how wide the
+range of good rates is, and the share of runs that failed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.methods import METHODS
 
 RATE = f"{OPTION}lr"
 GOOD = 1.1
-"""A rate is good if its mean test error is at most so many times that of the best rate."""
+"""A rate is good if its mean test error is at most so many times that at the best rate."""
 FAILED = 3.0
 """A run failed if it ended with an error, or its test error is more than so many times that of the best setting."""
 
@@ -29,28 +29,30 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
     """Measure how sensitive the methods are to the learning rate.
 
     Args:
-        runs: One row per run of one task and model: ``method``, ``seed``, the rate and ``test_shipped``, which is
-            missing where the run failed. Each method was run at the same rates.
+        runs: One row per run of one task and model: ``method``, ``seed``, the rate, ``valid_shipped`` and
+            ``test_shipped``, which are missing where the run failed. Each method was run at the same rates.
 
     Returns:
-        One row per method: the best rate, mean and standard error of the test error there, the number of decades from
-        the lowest to the highest good rate around the best one, and the share of all runs that failed.
+        One row per method: the rate with the lowest mean on the validation split, mean and standard error of the test
+        error there, the number of decades from the lowest to the highest good rate around it, and the share of all
+        runs that failed.
 
     Example:
         >>> runs = pd.DataFrame(
-        ...     [("ace", seed, rate, error) for seed in range(2)
+        ...     [("ace", seed, rate, error, error) for seed in range(2)
         ...      for rate, error in ((1e-3, 2.0), (1e-2, 1.05), (1e-1, 1.0), (1.0, np.nan))],
-        ...     columns=["method", "seed", RATE, "test_shipped"])
+        ...     columns=["method", "seed", RATE, "valid_shipped", "test_shipped"])
         >>> sensitivity(runs).iloc[0].round(2).to_dict()
         {'best rate': 0.1, 'test': 1.0, 'error': 0.0, 'good decades': 1.0, 'failed': 0.25}
     """
-    runs = runs.assign(test_shipped=runs["test_shipped"].astype(float).fillna(np.inf))
-    means = runs.pivot_table("test_shipped", "method", RATE)
+    errors = ["valid_shipped", "test_shipped"]
+    runs = runs.assign(**runs[errors].astype(float).fillna(np.inf))
+    chosen, means = (runs.pivot_table(error, "method", RATE) for error in errors)
     failed = (runs["test_shipped"] > FAILED * means.min(axis=None)).groupby(runs["method"]).mean()
     rows = {}
     for method in [method for method in METHODS if method in means.index]:
         of_rate = means.loc[method]
-        best = of_rate.idxmin()
+        best = chosen.loc[method].idxmin()
         at_best = runs.loc[(runs["method"] == method) & (runs[RATE] == best), "test_shipped"]
         bad = np.flatnonzero(of_rate > GOOD * of_rate[best])
         place = of_rate.index.get_loc(best)
