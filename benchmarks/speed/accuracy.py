@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -72,7 +73,10 @@ def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_method(times: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a method: in how many runs it got there, and the median, least and most seconds of these.
+    """Return one row a method: in how many runs it got there, and the median, least and most seconds.
+
+    A run that did not get there counts as one that takes forever, so that the median is infinite where fewer than half
+    of the runs did.
 
     Args:
         times: What ``time_to_accuracy`` returned.
@@ -81,8 +85,9 @@ def by_method(times: pd.DataFrame) -> pd.DataFrame:
     cases = list(times.columns[: times.columns.get_loc("method")])
     keys = {case: pd.Categorical(times[case], times[case].unique()) for case in cases}
     keys["method"] = pd.Categorical(times["method"], order)
-    seconds = times.assign(**keys).groupby([*cases, "method"], observed=True)["seconds"]
-    table = seconds.agg(["size", "count", "median", "min", "max"])
+    groups = times.assign(**keys, ever=times["seconds"].fillna(math.inf)).groupby([*cases, "method"], observed=True)
+    table = groups["seconds"].agg(["size", "count", "min", "max"])
+    table.insert(2, "median", groups["ever"].median())
     table.columns = pd.Index(["runs", "reached", "seconds, median", "least", "most"])
     return table.reset_index()
 
@@ -90,7 +95,8 @@ def by_method(times: pd.DataFrame) -> pd.DataFrame:
 def wide(table: pd.DataFrame) -> str:
     """Return a Markdown table with a row a method and a column a task: the median time relative to strict training's.
 
-    In brackets, where not all: in how many of the runs the method got there. A dash: in none.
+    Of strict training itself the seconds. In brackets, where not all: in how many of the runs the method got there. A
+    dash: in fewer than half.
 
     Args:
         table: What ``by_method`` returned.
@@ -101,7 +107,7 @@ def wide(table: pd.DataFrame) -> str:
         >>> print(wide(pd.DataFrame(rows, columns=columns)), end="")
         | method | nbody egnn    |
         | ------ | ------------- |
-        | strict | 1.00          |
+        | strict | 20 s          |
         | ace    | 1.25 (2 of 3) |
     """
     cases = list(table.columns[: table.columns.get_loc("method")])
@@ -111,10 +117,7 @@ def wide(table: pd.DataFrame) -> str:
         of_method = rows.set_index("method")
         reference = of_method["seconds, median"]["strict"]
         columns[" ".join(case)] = {
-            method: "–"
-            if row["reached"] == 0
-            else f"{row['seconds, median'] / reference:.2f}"
-            + (f" ({row['reached']} of {row['runs']})" if row["reached"] < row["runs"] else "")
+            method: f"{reference:.3g} s" if method == "strict" else _cell(row, reference)
             for method, row in of_method.iterrows()
         }
     names = list(dict.fromkeys(table["method"]))
@@ -122,17 +125,30 @@ def wide(table: pd.DataFrame) -> str:
     return layout(["method", *columns], rows)
 
 
+def _cell(row: pd.Series[Any], reference: float) -> str:
+    ratio = row["seconds, median"] / reference
+    text = f"{ratio:.2f}" if math.isfinite(ratio) else "–"
+    return text if row["reached"] in (0, row["runs"]) else f"{text} ({row['reached']} of {row['runs']})"
+
+
 def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.accuracy", description=__doc__)
-    parser.add_argument("folder", type=Path, help="results of a suite")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="results of a suite; without it the table is made of --out's CSV"
+    )
     parser.add_argument("--out", type=Path, help="folder for accuracy.csv, to which runs are added, and accuracy.md")
     options = parser.parse_args()
-    times = time_to_accuracy(runs(options.folder))
-    if options.out is not None:
-        path = options.out / "accuracy.csv"
-        if path.exists():  # runs of other folders stay
-            times = pd.concat([pd.read_csv(path), times]).drop_duplicates(list(times.columns[:-1]), keep="last")
+    if options.folder is None and options.out is None:
+        parser.error("name the results of a suite, a folder that has an accuracy.csv (--out), or both")
+    path = None if options.out is None else options.out / "accuracy.csv"
+    parts = [pd.read_csv(path)] if path is not None and path.exists() else []
+    parts += [] if options.folder is None else [time_to_accuracy(runs(options.folder))]
+    if not parts:
+        parser.error(f"{path} does not exist: name the results of a suite")
+    times = pd.concat(parts)  # runs of other folders stay
+    times = times.drop_duplicates(list(times.columns[:-1]), keep="last")
+    if path is not None:
         replace_file(path, times.to_csv(index=False, float_format="%.7g").encode())
         replace_file(options.out / "accuracy.md", wide(by_method(times)).encode())
     print(by_method(times).to_string(index=False, float_format="{:.3g}".format))
