@@ -25,6 +25,7 @@ class Subject:
         loss: Scalar loss of its output.
         size: The sizes that matter, in words.
         layers: Which layers are relaxed, as in ``ace.relax``; None for those that it chooses.
+        differentiates: Whether its forward pass differentiates, as that of a force field does.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class Subject:
     loss: Callable[[Any], Tensor]
     size: str
     layers: type[nn.Module] | None = None
+    differentiates: bool = False
 
 
 def segnn() -> Subject:
@@ -90,7 +92,13 @@ def mace() -> Subject:
     from benchmarks.models.mace import mace_model
 
     batch = {"data": mace_batch(["CH3CH2OH"] * 4, cutoff=5.0), "training": True}
-    return Subject(mace_model(list(ELEMENTS.values())), batch, _energy_and_forces("energy"), "4 molecules of 9 atoms")
+    return Subject(
+        mace_model(list(ELEMENTS.values())),
+        batch,
+        _energy_and_forces("energy"),
+        "4 molecules of 9 atoms",
+        differentiates=True,
+    )
 
 
 def mace_batch(names: list[str], cutoff: float) -> dict[str, Tensor]:
@@ -115,7 +123,7 @@ def nequip() -> Subject:
     from ase.build import molecule
 
     batch, model = nequip_batch(molecule("CH3CH2OH"), cutoff=5.0), nequip_model()
-    return Subject(model, (batch,), _energy_and_forces("total_energy"), "1 molecule of 9 atoms")
+    return Subject(model, (batch,), _energy_and_forces("total_energy"), "1 molecule of 9 atoms", differentiates=True)
 
 
 def nequip_model(**options: Any) -> nn.Module:

@@ -1,7 +1,8 @@
 """Training steps of relaxed models against those of the plain ones.
 
 Four copies of a model take turns, a few steps each, round after round: the plain one, a relaxed one with every term
-alive, one with every term retired, and a restored one. What counts is the ratio to the plain one within a round.
+alive, one with every term retired, and a restored one; then forward passes of the plain one and of the relaxed one, as
+they are shipped with a tolerance. What counts is the ratio to the plain one within a round.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def measure(
         relaxed = ace.relax(copy.deepcopy(subject.model), subject.layers, subject.example)
         functions = variants(subject, relaxed, mode)
         times = interleaved(functions, rounds, steps, device)
+        passes = {name: _forward(model, subject) for name, model in (("strict", subject.model), ("relaxed", relaxed))}
+        used = interleaved(passes, rounds, steps, device)
         memory = {variant: peak_memory(functions[variant], device) for variant in ("strict", "relaxed")}
-        rows.append(summarise(name, subject, relaxed, times, memory))
+        rows.append(summarise(name, subject, relaxed, times, used, memory))
         if device != "cpu":
             rows[-1]["device"] = torch.cuda.get_device_name(device)
         print(pd.DataFrame(rows[-1:]).T.to_string(header=False))
@@ -84,7 +87,12 @@ def variants(subject: Subject, relaxed: torch.nn.Module, mode: str | None = None
 
 
 def summarise(
-    name: str, subject: Subject, relaxed: torch.nn.Module, times: pd.DataFrame, memory: dict[str, int]
+    name: str,
+    subject: Subject,
+    relaxed: torch.nn.Module,
+    times: pd.DataFrame,
+    used: pd.DataFrame,
+    memory: dict[str, int],
 ) -> dict[str, object]:
     """Return one row of the table: median ratio to the plain model, with the quartiles over the rounds."""
     plain = sum(parameter.numel() for parameter in subject.model.parameters())
@@ -99,6 +107,8 @@ def summarise(
     }
     for variant in RATIOS:
         row[variant] = spread(times[variant] / times["strict"])
+    row["strict, forward, ms"] = f"{used['strict'].median():.1f}"
+    row["relaxed, forward"] = spread(used["relaxed"] / used["strict"])
     row["strict, MB"] = f"{memory['strict'] / 1e6:.1f}"
     row["relaxed, memory"] = f"{memory['relaxed'] / memory['strict']:.2f}"
     return row | {"rounds": len(times), "torch": torch.__version__.split("+")[0]}
@@ -120,6 +130,16 @@ def _constrained(model: torch.nn.Module, subject: Subject) -> Callable[[], objec
     # so many planned steps that no term is let go while it is being measured
     optimizer = ace.PrimalDual(problem, torch.optim.Adam(model.parameters(), 1e-5), steps=10**7)
     return lambda: optimizer.roll(_fresh(subject.example))
+
+
+def _forward(model: torch.nn.Module, subject: Subject) -> Callable[[], object]:
+    model = copy.deepcopy(model).eval()
+
+    def use() -> None:
+        with torch.set_grad_enabled(subject.differentiates):
+            call(model, _fresh(subject.example))
+
+    return use
 
 
 def _fresh(example: object) -> object:
