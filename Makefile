@@ -48,15 +48,17 @@ WITHOUT_REQUIREMENTS_schnetpack := schnetpack==2.1.1
 
 # An environment of one library runs the tests and the page of that library; the shared one runs all it can import.
 # $(1): options of pytest. The tests of a library that has an environment of its own run there, all others in "shared".
-# The benchmark models made of a library's layers are tested with it.
+# The benchmark models made of a library's layers are tested with it, on each of their tasks by WITH_EACH.
+WITH_EACH := tests/test_pairs.py
 WITH_ESCNN := tests/test_rotmnist.py tests/test_smoke.py
 WITH_SHARED := tests/test_modelnet.py
 define each_host
 @failed=; for name in $(HOSTS); do \
   echo "== $$name"; \
-  what="tests/hosts $(WITH_SHARED)"; only=; \
+  what="tests/hosts $(WITH_EACH) $(WITH_SHARED)"; only=; \
   if test -e tests/hosts/test_$$name.py; then \
-    what="tests/hosts/test_$$name.py tests/hosts/test_force_fields.py tests/hosts/test_pages.py"; only=$$name; fi; \
+    what="tests/hosts/test_$$name.py tests/hosts/test_force_fields.py tests/hosts/test_pages.py $(WITH_EACH)"; only=$$name; \
+  fi; \
   if test $$name = escnn; then what="$$what $(WITH_ESCNN)"; only="escnn or rotmnist or smoke"; fi; \
   PYTHONPATH=tests .venvs/$$name/bin/python -m pytest $(1) $$what -k "$$only" || failed="$$failed $$name"; \
 done; \

@@ -32,6 +32,9 @@ from benchmarks.tasks import TASKS
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """Folder of the configurations that can be called by name: tasks/, methods/, suites/."""
 
+WORDS = "command line"
+"""Source of the ``key=value`` words."""
+
 Flat = dict[tuple[str, ...], tuple[Any, str]]
 """Dotted key, as a tuple, to the value and the source it came from."""
 
@@ -60,6 +63,25 @@ CHOICES: dict[str, dict[str, type[Options]]] = {
 
 def _one_of(part: str) -> Any:
     return Annotated[reduce(or_, CHOICES[part].values()), Field(discriminator="name")]
+
+
+class _Misfit(ValueError):
+    """Parts of a run, such as its method and its model, that do not go together."""
+
+    def __init__(self, message: str, *parts: str) -> None:
+        super().__init__(message)
+        self.parts = parts
+
+
+def _obstacle(method_name: str, model_name: str) -> str:
+    """Return why a method does not apply to a model; nothing where it does."""
+    method, model = METHODS[method_name], MODELS[model_name]
+    if method.relaxes and not model.layers:
+        return f"it relaxes layers, and {model_name!r} has none to relax"
+    by_turns = method.by_turns and model.turns is not None
+    if method.by_irreps and model.read_types is None and not by_turns:
+        return "it regularises maps between e3nn irreps, which the features of its layers are not"
+    return ""
 
 
 class RunConfig(Options):
@@ -108,18 +130,16 @@ class RunConfig(Options):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        model, method = MODELS[self.model.name], METHODS[self.method.name]
-        models = TASKS[self.task.name].models
-        if self.model.name not in models and self.task.name not in model.tasks:
-            raise ValueError(f"model {self.model.name!r} does not run on {self.task.name} ({', '.join(models)} do)")
-        if method.relaxes and not model.layers:
-            raise ValueError(
-                f"method {self.method.name!r} relaxes layers, and model {self.model.name!r} has none to relax"
-            )
-        if method.by_irreps and model.read_types is None:
-            raise ValueError(
-                f"method {self.method.name!r} does not apply to model {self.model.name!r}: it regularises maps between "
-                "e3nn irreps, which the features of its layers are not"
+        task, model, method = self.task.name, self.model.name, self.method.name
+        running = [name for name, entry in MODELS.items() if name in TASKS[task].models or task in entry.tasks]
+        if model not in running:
+            raise _Misfit(f"model {model!r} does not run on {task} ({', '.join(running)} do)", "model", "task")
+        if reason := _obstacle(method, model):
+            fitting = ", ".join(name for name in METHODS if not _obstacle(name, model))
+            raise _Misfit(
+                f"method {method!r} does not apply to model {model!r}: {reason}; those that do: {fitting}",
+                "method",
+                "model",
             )
         return self
 
@@ -294,14 +314,14 @@ def parse_words(words: Iterable[str]) -> Flat:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"command line: {word!r} is not of the form key=value, such as steps=100")
+            raise ConfigError(f"{WORDS}: {word!r} is not of the form key=value, such as steps=100")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"command line: the value of {word!r} is not YAML: {_first_line(error)}") from None
+            raise ConfigError(f"{WORDS}: the value of {word!r} is not YAML: {_first_line(error)}") from None
         for part in reversed(key.split(".")):
             value = {part: value}
-        flat = _overlay(flat, _flatten(value, "command line"))
+        flat = _overlay(flat, _flatten(value, WORDS))
     return flat
 
 
@@ -353,7 +373,8 @@ def _resolve(task: str | Path, overrides: Flat) -> RunConfig:
         own = _flatten(entries[model], f"{path} (models: {model})")
         flat = _overlay(_flatten(content, str(path)), name, own, overrides)
     if defaults := _files("methods").get(method or "ace"):
-        flat = {**_flatten(_read(defaults), str(defaults)), **flat}
+        chosen: Flat = {("method", "name"): (method or "ace", str(path))}
+        flat = {**_flatten(_read(defaults), str(defaults)), **chosen, **flat}
     return _check(flat, str(path))
 
 
@@ -428,9 +449,11 @@ def _report(error: ValidationError, schema: type[BaseModel], source: Callable[[t
         place = tuple(map(str, finding["loc"]))
         choices = CHOICES.get(place[0], {}) if place and schema is RunConfig else {}
         key = place[:1] + place[2:] if choices else place  # pydantic puts the chosen name second
-        name = ".".join(key)
+        name, where = ".".join(key), source(key)
         if not place:
-            text = str(finding["ctx"]["error"])
+            error = finding["ctx"]["error"]
+            sources = [source((part, "name")) for part in getattr(error, "parts", ())]
+            text, where = str(error), min(sources, key=lambda word: word != WORDS, default=where)
         elif finding["type"] == "extra_forbidden":
             owner = choices[place[1]] if choices else _owner(schema, place)
             text = f"unknown key {name!r}{_nearest(place[-1], [k for k in owner.model_fields if k != 'name'])}"
@@ -441,7 +464,7 @@ def _report(error: ValidationError, schema: type[BaseModel], source: Callable[[t
             text = f"no {name} is given"
         else:
             text = f"{name} = {finding['input']!r}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
-        lines.append(f"{source(key)}: {text}")
+        lines.append(f"{where}: {text}")
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ CHECKSUMS = {
     "run09": "0846b20df07843d5679f88b6d832c349b4cbc9e0d8661d92cd436a83cf36d880",
     "walk35": "385a4ad835b95349041c00834c20565a5d989cfa19149ba09729d081765c3688",
     "modelnet10_points": "12624c3ccca538dc76ddc41e8dedacd3fac8bbb797591505c0ba5b9b7c0811c3",
+    "qm9_full": "30eecabccecc13efde57bf327e6da54e5906bef050ed6a7394cca5c14e2d187a",
     "qm9_30k": "ad5c2565b846bb08a86d8cea2246b340618e421c579a2f789d8be49466d888eb",
     "rmd17_ethanol_botnet": "7a40602252ae8ec10b2f4c764259d6533621740291930a0733ae782ab86d8038",
     "acac": "0daef60d2ae827ddad3441518e0af6922280063a8f481757ab020a02273b775a",
@@ -53,9 +54,10 @@ CHECKSUMS = {
 """`checksum` of the arrays that are read of each published file, by its stem."""
 
 WALK_INSTRUCTIONS = """\
-The walking motions are not distributed as one file. Build it from the recordings of subject 35 of the \
-CMU Graphics Lab Motion Capture Database (23 trials in ascending order, 31 joints, skeleton units) with \
-the arrays xyz (float32, 9472 x 31 x 3), trial_offset, edges, {train,val,test}_trial and \
+The walking motions are not distributed as one file, and no command makes it: put there the walk35.npz that somebody \
+has, or build it from the recordings of subject 35 of the CMU Graphics Lab Motion Capture Database (mocap.cs.cmu.edu): \
+the 23 trials 35_01 to 35_16 and 35_28 to 35_34 in ascending order (35_10 from its seventh frame on), 31 joints, \
+skeleton units, with the arrays xyz (float32, 9472 x 31 x 3), trial_offset, edges, {train,val,test}_trial and \
 {train,val,test}_start (int64), the splits being those published with GMN and EGNO."""
 
 
@@ -97,7 +99,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     # The checksum first: a file whose checksum is missing is refused, a lone checksum is not.
-    _write(_checksum_file(path), checksum(arrays).encode())
+    _write(checksum_file(path), checksum(arrays).encode())
     _write(path, content.getvalue())
 
 
@@ -114,16 +116,21 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         DataError: The file or its checksum is missing, or they do not fit each other.
     """
     try:
-        expected = _checksum_file(path).read_text().strip()
+        expected = checksum_file(path).read_text().strip()
     except (OSError, UnicodeDecodeError):
         expected = ""
     arrays = _read(path)
     if checksum(arrays) != expected:
         raise DataError(
-            f"{path} does not have the checksum in {_checksum_file(path).name}: it was truncated or altered. "
-            f"Delete both files; the next run makes them again."
+            f"{path} does not have the checksum in {checksum_file(path).name}: it was truncated or altered. "
+            f"Delete both files; the next run makes them again, or `ace data` where they were downloaded."
         )
     return arrays
+
+
+def checksum_file(path: Path) -> Path:
+    """Where `save_arrays` puts the checksum of a file."""
+    return path.with_name(path.name + ".sha256")
 
 
 def find_file(relative: str) -> Path | None:
@@ -160,17 +167,18 @@ def load_file(relative: str, names: Iterable[str], how: str) -> dict[str, np.nda
     if missing:
         raise DataError(f"{path} has no array {', '.join(missing)}: it is not the file expected. Replace it.")
     arrays = {name: stored[name] for name in names}
-    verify(Path(relative).stem, arrays, str(path))
+    verify(Path(relative).stem, arrays, str(path), f"Delete it, or replace it by an unaltered copy. {how}")
     return arrays
 
 
-def verify(stem: str, arrays: dict[str, np.ndarray], source: str) -> None:
+def verify(stem: str, arrays: dict[str, np.ndarray], source: str, remedy: str) -> None:
     """Compare arrays with the published ones.
 
     Args:
         stem: Name in `CHECKSUMS`.
         arrays: Name -> array.
         source: Where they came from, for the message.
+        remedy: What to do, for the message.
 
     Raises:
         DataError: They are not the published numbers.
@@ -178,8 +186,42 @@ def verify(stem: str, arrays: dict[str, np.ndarray], source: str) -> None:
     if checksum(arrays) != CHECKSUMS[stem]:
         raise DataError(
             f"{source} does not hold the published numbers of {stem}: checksum {checksum(arrays)}, "
-            f"expected {CHECKSUMS[stem]}. Replace it by an unaltered copy."
+            f"expected {CHECKSUMS[stem]}. {remedy}"
         )
+
+
+def retrieve(url: str, folder: str, relative: str, command: str) -> Path:
+    """Download a file that a data file is made of.
+
+    Args:
+        url: Its address.
+        folder: Where to.
+        relative: The data file, as in `find_file`, for the message.
+        command: Name of the data for ``ace data``, for the message.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: No connection, or no such file there.
+    """
+    import pooch  # needed for downloads only
+
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        return Path(pooch.retrieve(url, known_hash=None, path=folder, fname=Path(url).name))
+    except OSError as error:  # also every error of requests
+        raise DataError(f"{url} could not be downloaded ({error}). {retry(relative, command)}") from error
+
+
+def retry(relative: str, command: str) -> str:
+    """What to do when a data file could not be made: for the messages of its download, as in `retrieve`."""
+    path = cache_folder() / relative
+    return (
+        f"Try again. Without a connection, or if the source has changed, put {path.name} and {path.name}.sha256, made "
+        f"on another machine by `ace data {command}`, into {path.parent} or into the folder {Path(relative).parent} of "
+        "ACE_DATA."
+    )
 
 
 def find_motion(subject: str) -> Path | None:
@@ -222,27 +264,17 @@ def download_motion(origin: str = ORIGIN) -> Path:
     Raises:
         DataError: No connection, or what arrived is not the published data. Nothing is written then.
     """
-    import pooch  # needed for nothing else
-
-    path = cache_folder() / "mocap" / "run09.npz"
-    pooch.get_logger().setLevel("WARNING")
+    relative = "mocap/run09.npz"
+    advice = retry(relative, "mocap")
     with tempfile.TemporaryDirectory() as folder:
-        contents = []
-        for name in MOTION_FILES:
-            url = f"{origin}/{name}"
-            try:
-                file = pooch.retrieve(url, known_hash=None, path=folder, fname=Path(name).name)
-            except OSError as error:  # also every error of requests
-                raise DataError(
-                    f"{url} could not be downloaded ({error}). Without a connection, put run09.npz, made "
-                    f"on another machine by `ace data mocap`, at {path} or into the folder mocap of ACE_DATA."
-                ) from error
-            contents.append(read_pickled_arrays(Path(file).read_bytes(), url))
+        urls = [f"{origin}/{name}" for name in MOTION_FILES]
+        contents = [read_pickled_arrays(retrieve(url, folder, relative, "mocap").read_bytes(), url) for url in urls]
     try:
         arrays = _motion_arrays(*contents)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{origin}: the motion files are not laid out as published ({error!r})") from error
-    verify("run09", arrays, origin)
+        raise DataError(f"{origin}: the motion files are not laid out as published ({error!r}). {advice}") from error
+    verify("run09", arrays, origin, advice)
+    path = cache_folder() / relative
     save_arrays(path, arrays)
     return path
 
@@ -317,10 +349,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, AttributeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error!r}): it was truncated or altered. Replace it.") from error
-
-
-def _checksum_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
 
 
 def _write(path: Path, content: bytes) -> None:

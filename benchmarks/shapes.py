@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from ace.errors import DataError
-from benchmarks.data import cache_folder, explain_file, find_file, load_arrays, load_file, save_arrays, verify
+from benchmarks.data import (
+    cache_folder,
+    explain_file,
+    find_file,
+    load_arrays,
+    load_file,
+    retrieve,
+    retry,
+    save_arrays,
+    verify,
+)
 
 VOXELS = (
     "https://raw.githubusercontent.com/amitregmi/VoxNet-Google-Colab/"
@@ -64,8 +74,9 @@ def download_modelnet10(origin: str = VOXELS) -> Path:
     Raises:
         DataError: No connection, or what arrived are not the published grids. Nothing is written then.
     """
+    advice = retry(FILES[10], "modelnet10")
     with tempfile.TemporaryDirectory() as folder:
-        file = _retrieve(origin, folder, FILES[10], "modelnet10")
+        file = retrieve(origin, folder, FILES[10], "modelnet10")
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {
@@ -74,8 +85,8 @@ def download_modelnet10(origin: str = VOXELS) -> Path:
                     for name, array in _from_grids(stored[f"X_{split}"], stored[f"y_{split}"], split).items()
                 }
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{origin} is not laid out as published ({error!r}). Download it again.") from error
-    verify("modelnet10_points", arrays, origin)
+            raise DataError(f"{origin} is not laid out as published ({error!r}). {advice}") from error
+    verify("modelnet10_points", arrays, origin, advice)
     path = cache_folder() / FILES[10]
     save_arrays(path, arrays)
     return path
@@ -95,10 +106,11 @@ def download_modelnet40(origin: str = MESHES, sha256: str = MESHES_SHA256) -> Pa
         DataError: No connection, or what arrived is not the published archive. Nothing is written then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = _retrieve(origin, folder, FILES[40], "modelnet40")
+        file = retrieve(origin, folder, FILES[40], "modelnet40")
         found = _sha256(file)
         if found != sha256:
-            raise DataError(f"{origin} is not the published archive: SHA-256 {found}, expected {sha256}")
+            advice = retry(FILES[40], "modelnet40")
+            raise DataError(f"{origin} is not the published archive: SHA-256 {found}, expected {sha256}. {advice}")
         with zipfile.ZipFile(file) as archive:
             arrays = _from_meshes(archive)
     path = cache_folder() / FILES[40]
@@ -217,19 +229,6 @@ def _from_meshes(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         label = np.array([classes.index(path.split("/")[1]) for path in members], dtype=np.uint8)
         arrays |= {f"{split}_points": clouds, f"{split}_label": label}
     return arrays
-
-
-def _retrieve(url: str, folder: str, relative: str, name: str) -> Path:
-    import pooch  # needed for nothing else
-
-    pooch.get_logger().setLevel("WARNING")
-    try:
-        return Path(pooch.retrieve(url, known_hash=None, path=folder, fname=name))
-    except OSError as error:  # also every error of requests
-        raise DataError(
-            f"{url} could not be downloaded ({error}). Without a connection, put {Path(relative).name}, made on "
-            f"another machine by `ace data {name}`, and its checksum file into {(cache_folder() / relative).parent}."
-        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -61,7 +61,7 @@ def prepare(suite: Suite, out: Path) -> tuple[list[RunConfig], list[str]]:
         ConfigError: The folder holds runs of the same names under another configuration.
     """
     from benchmarks.models import MODELS
-    from benchmarks.train import build_task
+    from benchmarks.train import build_task, how_to_install
 
     _refuse_mixture(suite.runs, out)
     reasons: dict[str, str] = {}
@@ -77,7 +77,8 @@ def prepare(suite: Suite, out: Path) -> tuple[list[RunConfig], list[str]]:
             needed |= any(run.hash not in suite.optional for run in users)
     for name in dict.fromkeys(run.model.name for run in suite.runs):
         if not MODELS[name].installed:
-            reasons[name] = f"its package {MODELS[name].package} is not installed"
+            package = str(MODELS[name].package)
+            reasons[name] = f"its package {package} is not installed here. {how_to_install(package)}"
             needed |= any(run.hash not in suite.optional for run in suite.runs if run.model.name == name)
     if needed:
         raise DataError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ CALIBRATION = 10
 """Training batches on which the statistics of BatchNorm are re-estimated where relaxation terms are taken off."""
 MEASURED = 400
 """Samples in the measurement by sample of the shipped model, at most, each moved by four elements."""
+
+ENVIRONMENTS = {
+    "equiformer_pytorch": "shared",
+    "escnn": "escnn",
+    "mace": "mace",
+    "nequip": "shared",
+    "se3_transformer_pytorch": "shared",
+}
+"""Package of a model -> the environment in ``.venvs`` that has it, where it was made."""
 
 Progress = Callable[[int], None]
 
@@ -162,7 +171,10 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     """
     entry = MODELS[config.model.name]
     if not entry.installed:
-        raise ConfigError(f"model {config.model.name!r} comes from the package {entry.package}, which is not installed")
+        raise ConfigError(
+            f"model {config.model.name!r} comes from the package {entry.package}, which is not installed here. "
+            f"{how_to_install(str(entry.package))}"
+        )
     options = config.model.model_dump(exclude={"name"})
     decided = task.model_options(config.model.name)
     wrong = [f"model.{key} is {options[key]}" for key in decided if options.get(key, decided[key]) != decided[key]]
@@ -170,6 +182,21 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
         raise ConfigError(f"{'; '.join(wrong)}: leave it out, it follows from the data of {task.name}: {decided}")
     torch.manual_seed(config.seed)
     return entry.build(**{**options, **decided})
+
+
+def how_to_install(package: str) -> str:
+    """What to do where the package of a model is not installed.
+
+    Example:
+        >>> how_to_install("escnn")
+        'Run `make test-hosts`, which makes environments for such models, then the same with .venvs/escnn/bin/ace.'
+    """
+    if package not in ENVIRONMENTS:
+        return "Install it in this environment."
+    return (
+        "Run `make test-hosts`, which makes environments for such models, then the same with "
+        f".venvs/{ENVIRONMENTS[package]}/bin/ace."
+    )
 
 
 def training_batches(config: RunConfig, task: Task, start: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -226,6 +253,8 @@ class _Training:
         self.started = time.perf_counter() - self.seconds["all"]
         if config.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+            with suppress(AttributeError):  # older versions find out in the backward pass, too late for that
+                torch._functorch.config.force_non_lazy_backward_lowering = True
             self.method.model.compile()
 
     def run(self, progress: Progress | None) -> dict[str, Any]:
@@ -249,16 +278,29 @@ class _Training:
             self.seconds["steps"] += time.perf_counter() - start
             self.seconds["cpu"] += time.process_time() - start_cpu
             self.step += 1
+            last = self.step == config.steps
+            every = (config.log_every, config.eval_every, config.checkpoint_every)
+            reads = last or any(self.step % steps == 0 for steps in every)
+            if reads:  # what follows would wait for the GPU to end its steps
+                self.seconds["steps"] += self.wait()
             self.update_average()
             self.history.append(record, epoch)
-            last = self.step == config.steps
             if last or self.step % config.eval_every == 0:
                 with self.averaged(), torch.compiler.set_stance("force_eager"):
                     self.evaluate(epoch)
             if last or self.step % config.checkpoint_every == 0:
                 self.save()
+            if reads:
+                self.wait()
             if progress is not None:
                 progress(self.step)
+
+    def wait(self) -> float:
+        """Wait until a GPU has done all that it was given so far; return the seconds that took."""
+        start = time.perf_counter()
+        if self.config.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -427,17 +469,30 @@ class _Training:
             "seconds": time.perf_counter() - self.started,
             "seconds_per_step": self.seconds["steps"] / config.steps,
             "cpu_seconds_per_step": self.seconds["cpu"] / config.steps,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": _peak_memory(config.device),
             "parameters_train": self.parameters,
             "parameters_inference": sum(p.numel() for p in shipped.parameters()),
             "config_hash": config.hash,
             "git_commit": _git_commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "e3nn": version("e3nn"),
-            "cooper": version("cooper-optim"),
+            **_versions(config.model.name),
             **config.options(),
         }
+
+
+def _peak_memory(device: str) -> float:
+    """Return the most memory that this process had, in MiB: that of its tensors on a GPU, or else all of it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _versions(model: str) -> dict[str, str]:
+    """Return the versions of what computed a run, the package of its model among it, if it comes from one."""
+    package = MODELS[model].package
+    names = ["numpy", "torch-geometric", *(packages_distributions().get(package, []) if package else [])]
+    always = {"python": platform.python_version(), "torch": torch.__version__}
+    always |= {"e3nn": version("e3nn"), "cooper": version("cooper-optim")}
+    return always | {name: version(name) for name in names}
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:

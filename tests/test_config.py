@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -252,6 +253,28 @@ def test_methods_that_need_irreps_are_refused_where_a_model_has_none(method, mon
     with pytest.raises(ConfigError, match=f"method '{method}' does not apply to model 'egnn'"):
         load_run("nbody", [f"method={method}", "model=egnn"])
     assert load_run("nbody", ["method=ace", "model=egnn"])
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("rotmnist", ["method=cr"], r"command line: method 'cr' does not apply .*; those that do: strict, .*, remul"),
+        ("smoke2d", ["model=cnn"], r"command line: .* 'cnn' has none to relax; those that do: strict$"),
+        ("nbody", ["model=egno"], r"command line: model 'egno' does not run on nbody \(egnn, segnn do\)$"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused_with_those_that_do(tmp_path, task, words, message):
+    with pytest.raises(ConfigError) as caught:
+        load_run(task, words)
+    assert re.match(message, str(caught.value))
+    listed = re.findall(r"those that do: (.*)", str(caught.value))
+    for method in listed[0].split(", ") if listed else ():
+        assert load_run(task, [*words, f"method={method}"]).method.name == method
+    parts = dict(word.split("=") for word in words)
+    path = write(tmp_path, {"task": task, "model": load_run(task, ["method=strict"]).model.name, **parts})
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_a_sweep_has_a_run_for_each_combination(tmp_path):

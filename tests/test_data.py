@@ -6,14 +6,12 @@ import io
 import os
 import pickle
 import socket
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from server import serving
 
 from ace.errors import DataError
 from benchmarks import data
@@ -58,29 +56,19 @@ def published(arrays: dict[str, np.ndarray], protocol: int) -> tuple[bytes, byte
     return pickle.dumps((bones, trials), protocol), pickle.dumps(split, protocol)
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def serve(tmp_path):
     """Serve the two motion files with given contents; returns the address."""
     root = tmp_path / "server"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    with serving(root) as address:
 
-    def publish(*contents: bytes) -> str:
-        for name, content in zip(MOTION_FILES, contents, strict=False):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-        return f"http://127.0.0.1:{server.server_port}"
+        def publish(*contents: bytes) -> str:
+            for name, content in zip(MOTION_FILES, contents, strict=False):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(content)
+            return address
 
-    yield publish
-    server.shutdown()
-    thread.join()
-    server.server_close()
+        yield publish
 
 
 def expect(monkeypatch, arrays):
@@ -115,8 +103,9 @@ def test_other_numbers_are_refused(cache, serve, monkeypatch):
     arrays = made_up_motion()
     expect(monkeypatch, arrays)
     arrays["xyz"][3, 1, 1] += 1e-3
-    with pytest.raises(DataError, match="does not hold the published numbers of run09"):
+    with pytest.raises(DataError, match=r"does not hold the published numbers of run09.* Try again") as caught:
         data.download_motion(serve(*published(arrays, 4)))
+    assert f"into {cache / 'mocap'} or into the folder mocap of ACE_DATA" in str(caught.value)
     assert not list(cache.rglob("*"))
 
 
@@ -180,7 +169,7 @@ def test_offline_message_says_what_to_do(cache):
         origin = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(DataError) as caught:
             data.download_motion(origin)
-    for part in (f"{origin}/{MOTION_FILES[0]}", str(cache / "mocap" / "run09.npz"), "ACE_DATA"):
+    for part in (f"{origin}/{MOTION_FILES[0]}", "put run09.npz and run09.npz.sha256", str(cache / "mocap"), "ACE_DATA"):
         assert part in str(caught.value)
 
 
@@ -220,7 +209,7 @@ def test_damaged_motion_files_are_refused(cache, monkeypatch):
     with pytest.raises(DataError, match="cannot be read"):
         data.load_motion("run09")
     data.save_arrays(path, {**arrays, "edges": arrays["edges"] + 1})
-    with pytest.raises(DataError, match="does not hold the published numbers"):
+    with pytest.raises(DataError, match=r"does not hold the published numbers.* Delete it.*ace data mocap"):
         data.load_motion("run09")
     del arrays["edges"]
     data.save_arrays(path, arrays)

@@ -50,13 +50,6 @@ SCENARIOS = {
     "tolerance-quantile": (tolerance(ace.O3(), quantile=0.8), {}),
     "price": (tolerance(ace.SO3(), ace.Tilts(), rho=3.0), {"accumulate": 2}),
 }
-SHARDED = (
-    *(f"exact-{measure}" for measure in MEASURES),
-    "resilient-strength",
-    "augmented-spectral",
-    "clipped",
-    "tolerance-several",
-)
 
 
 class Forces(nn.Module):
@@ -168,7 +161,7 @@ def process(rank, world, folder):
     refuse_what_is_wrapped(world)
     found = {name: train(name, DistributedDataParallel, rank, world, folder) for name in SCENARIOS}
     if world == 2:
-        found["sharded"] = {name: train(name, sharded, rank, world, folder) for name in SHARDED}
+        found["sharded"] = {name: train(name, sharded, rank, world, folder) for name in SCENARIOS}
     return found
 
 
@@ -205,7 +198,7 @@ def test_wrapped_processes_are_one(name, world, ranks, one):
     assert found[0]["shape"] == one[name]["shape"]  # a checkpoint does not depend on the number of processes
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_sharded_processes_are_one(name, ranks, one):
     assert_one([found["sharded"][name] for found in ranks(2)], one[name])
 

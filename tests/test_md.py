@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import molecules
 import numpy as np
 import pytest
 import torch
 from runs import METHODS, RIVALS
+from server import serving
 
 import ace
 from ace.errors import ConfigError, ConstraintNotMet, DataError
@@ -271,11 +269,6 @@ def xyz(arrays, name):
     return text
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def origin(made_up, tmp_path):
     """Address of a server with the published files of the made-up data, and its folder."""
@@ -285,13 +278,8 @@ def origin(made_up, tmp_path):
         for part, file in sets.items():
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             (root / file).write_text(xyz(molecules.md(name), part))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", root
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(root) as address:
+        yield address, root
 
 
 def test_download_converts_and_verifies(origin, tmp_path, monkeypatch):
@@ -308,15 +296,31 @@ def test_download_converts_and_verifies(origin, tmp_path, monkeypatch):
     path = root / "dataset_acac" / "test_MD_600K.xyz"
     text = path.read_text()
     for wrong, refusal in (
-        (text.replace("energy=-9", "energy=-8"), "published numbers of acac"),
-        ("2\n", "laid out"),
+        (text.replace("energy=-9", "energy=-8"), r"published numbers of acac: .* Try again.* put acac\.npz"),
+        ("2\n", r"test_MD_600K\.xyz is not laid out as published .* Run `ace data md` again"),
     ):
         path.write_text(wrong)
         with pytest.raises(DataError, match=refusal):
             published.download_md(address)
     path.unlink()
-    with pytest.raises(DataError, match=r"test_MD_600K\.xyz could not be downloaded"):
+    with pytest.raises(DataError, match=r"test_MD_600K\.xyz could not be downloaded.* Try again.* put acac\.npz"):
         published.download_md(address)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_each_molecule_is_available_by_itself(tmp_path):
+    assert TASKS["md"].available() == published.md_available("3bpa") == (True, "")
+    (tmp_path / "md" / "acac.npz").unlink()
+    available, others = TASKS["md"].available()  # of the default
+    assert available
+    assert others == "task.molecule=acac: its data are not there. Run `ace data md` to download it."
+    assert not published.md_available("acac")[0]
+    with pytest.raises(DataError, match=r"acac\.npz was looked for .* Run `ace data md`"):
+        MolecularDynamics("acac")
+    (tmp_path / "md" / "rmd17_ethanol_botnet.npz").unlink()
+    available, how = TASKS["md"].available()
+    assert not available
+    assert how.startswith("rmd17_ethanol_botnet.npz was looked for")
 
 
 def test_altered_data_are_refused(task, tmp_path):

@@ -11,13 +11,14 @@ from runs import METHODS, RIVALS, cache, tiny  # noqa: F401
 from torch import nn
 
 import ace
-from ace.errors import NonFiniteLoss
+from ace.errors import ConfigError, NonFiniteLoss
+from ace.groups import O3, SO2, SO3, Cyclic, Dihedral, Inversion, Octahedral
 from ace.probing import default_dtype
 from benchmarks.config import CONFIGS, load_run
 from benchmarks.methods import METHODS as CLASSES
 from benchmarks.methods.rivals import Scheduled
 from benchmarks.models import MODELS
-from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer, project
+from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer, not_from, on_irreps, project
 from benchmarks.train import build_model, build_task, training_batches
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -386,7 +387,7 @@ def test_the_projection_is_the_nearest_equivariant_map(reads, writes):
 def test_the_distance_vanishes_exactly_on_equivariant_terms():
     model, _, _ = relaxed("2x0e+1x1o", "1x0e+2x1o")
     regularizer = ProjectionRegularizer(
-        model, lambda layer: layer.reads, lambda layer: layer.writes, lambda layer: slice(0)
+        model, lambda layer, weight: [(1.0, on_irreps(layer.reads, layer.writes, weight))]
     )
     assert regularizer.distance() > 0.1
     for relaxation in ace.relaxations(model).values():
@@ -397,6 +398,147 @@ def test_the_distance_vanishes_exactly_on_equivariant_terms():
     assert regularizer.distance() < 1e-12
     regularizer.distance().backward()
     assert dense.weight.grad.isfinite().all()
+
+
+AXIS = (1.0, -2.0, 0.5)
+GROUPS = {"octahedral": (Octahedral(), 48), "inversion": (Inversion(), 2), "c3": (Cyclic(3, AXIS), 3)}
+GROUPS |= {"c4": (Cyclic(4, AXIS), 4), "d2": (Dihedral(2, AXIS), 4)}
+by_group = pytest.mark.parametrize("group", ["o3", "so3", "so2", *GROUPS])
+
+
+@functools.cache
+def representation(group, count, irreps, seed=0):
+    """e3nn's matrices of elements of a group."""
+    with default_dtype(torch.float64):
+        return [o3.Irreps(irreps).D_from_matrix(element.matrix) for element in group.sample(count, seed)]
+
+
+def random_map(reads, writes):
+    rows = o3.Irreps(writes).dim
+    return torch.randn(rows, o3.Irreps(reads).dim, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("group", ["so2", *GROUPS])
+@given(reads=IRREPS, writes=IRREPS)
+def test_the_projection_is_the_mean_over_the_group(group, reads, writes):
+    # of a continuous group over many more angles than needed
+    sample = (GROUPS | {"so2": (Cyclic(19, AXIS), 19)})[group]
+    elements = [representation(*sample, irreps) for irreps in (reads, writes)]
+    weight, bias = random_map(reads, writes)
+    found = on_irreps(reads, writes, weight, group, AXIS)(weight, bias)
+    weights = [out.T @ weight @ into for into, out in zip(*elements, strict=True)]
+    assert torch.allclose(found[0], torch.stack(weights).mean(0), atol=1e-10)
+    assert torch.allclose(found[1], torch.stack([out.T @ bias for out in elements[1]]).mean(0), atol=1e-10)
+
+
+@by_group
+@given(reads=IRREPS, writes=IRREPS)
+def test_the_projection_is_equivariant_and_its_own(group, reads, writes):
+    sample = ({"o3": (O3(), 3), "so3": (SO3(), 3), "so2": (SO2(AXIS), 3)} | GROUPS)[group]
+    weight, bias = random_map(reads, writes)
+    projection = on_irreps(reads, writes, weight, group, AXIS)
+    kept, kept_bias = projection(weight, bias)
+    for into, out in zip(*(representation(*sample, irreps, seed=5) for irreps in (reads, writes)), strict=True):
+        assert torch.allclose(kept @ into, out @ kept, atol=1e-10)
+        assert torch.allclose(kept_bias, out @ kept_bias, atol=1e-10)
+    again, again_bias = projection(kept, kept_bias)
+    assert torch.allclose(again, kept, atol=1e-12)
+    assert torch.allclose(again_bias, kept_bias, atol=1e-12)
+
+
+def distance(model, *groups):
+    def projections(layer, weight):
+        return [(factor, on_irreps(layer.reads, layer.writes, weight, group, AXIS)) for group, factor in groups]
+
+    return ProjectionRegularizer(model, projections).distance()
+
+
+@by_group
+def test_the_distance_from_a_group_vanishes_exactly_on_its_maps(group):
+    model, _, _ = relaxed("2x0e+2x1o+1x1e", "1x0e+2x1o+1x2e")
+    assert distance(model, (group, 1.0)) > 0.1
+    for relaxation in ace.relaxations(model).values():
+        dense = relaxation.term.map
+        weight, bias = on_irreps("2x0e+2x1o+1x1e", "1x0e+2x1o+1x2e", dense.weight, group, AXIS)(
+            dense.weight, dense.bias
+        )
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            dense.bias.copy_(bias)
+    assert distance(model, (group, 1.0)) < 1e-12
+
+
+def test_a_smaller_group_is_nearer():
+    model, _, _ = relaxed("2x0e+2x1o+1x1e+1x2e", "1x0e+2x1o+1x2e")
+    names = ("o3", "so3", "octahedral", "so2", "c3", "c1")
+    found = {name: distance(model, (name, 1.0)).item() for name in names}
+    for large, small in (("o3", "so3"), ("o3", "octahedral"), ("so3", "so2"), ("so2", "c3"), ("c3", "c1")):
+        assert found[large] > found[small] + 1e-4, (large, small)
+    assert found["c1"] < 1e-12
+    both = distance(model, ("so2", 0.3), ("octahedral", 2.0))
+    assert both.item() == pytest.approx(0.3 * found["so2"] + 2 * found["octahedral"], rel=1e-12)
+
+
+def test_a_group_keeps_no_weight_that_reads_positions():
+    weight, bias = random_map("2x0e+2x1o", "2x1o")
+    for group in ("o3", "so2"):
+        projection = on_irreps("2x0e+2x1o", "2x1o", weight, group)
+        kept, kept_bias = not_from(slice(2, 5), projection)(weight, bias)
+        assert not kept[:, 2:5].any()
+        assert torch.equal(kept[:, 5:], projection(weight, bias)[0][:, 5:])
+        assert torch.equal(kept_bias, projection(weight, bias)[1])
+
+
+def test_without_groups_it_is_the_group_of_the_model_alone():
+    plain, config, task = start("projection", "method.weight=0.3")
+    named, _, _ = start("projection", "method.weight=0.3", "method.groups={o3: 1.0}")
+    entry = MODELS["egnn"]
+    distances = []
+    for path, relaxation in ace.relaxations(plain.model).items():
+        layer, dense = plain.model.get_submodule(path), relaxation.term.map
+        into, out = o3.Irreps(entry.read_types(layer)), o3.Irreps(entry.write_types(layer))
+        kept = project(dense.weight, into, out)
+        kept[:, entry.read_positions(layer)] = 0
+        bias = dense.bias - project(dense.bias[:, None], o3.Irreps("0e"), out)[:, 0]
+        distances.append(((dense.weight - kept).square().sum() + bias.square().sum()).sqrt())
+    expected = torch.stack(distances).sum()
+    assert torch.equal(plain.regularizer.distance(), expected)
+    assert torch.equal(named.regularizer.distance(), expected)
+    loss, total, _ = objective(plain, config, task)
+    assert total - loss == pytest.approx(0.3 * expected.item(), rel=1e-4)
+    assert set(config.identity()["method"]) == {"name", "weight"}
+
+
+def test_a_step_prices_each_group_with_its_factor():
+    words = ("method.groups={so2: 0.1, octahedral: 0.2}", "method.axis=[1, -2, 0.5]")
+    method, config, task = start("projection", "method.weight=0.3", *words)
+    apart = [start("projection", f"method.groups={{{name}: 1}}", words[1])[0] for name in ("so2", "octahedral")]
+    expected = sum(c * m.regularizer.distance().item() for c, m in zip((0.1, 0.2), apart, strict=True))
+    loss, total, _ = objective(method, config, task)
+    assert total - loss == pytest.approx(0.3 * expected, rel=1e-4)
+
+
+def test_groups_are_part_of_the_identity(tmp_path):
+    config = tiny("method=projection", "method.groups={so2: 0.1}", "method.axis=[1, 0, 0]")
+    assert config.identity()["method"] == {
+        "name": "projection",
+        "weight": 0.01,
+        "groups": {"so2": 0.1},
+        "axis": [1, 0, 0],
+    }
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert load_run(tmp_path / "run.yaml") == config
+    for words in ({"so4": 1}, {"so2": -1}, {"c0": 1}):
+        with pytest.raises(ConfigError, match=r"method\.groups"):
+            tiny("method=projection", f"method.groups={words}")
+
+
+@pytest.mark.parametrize(("task", "model"), [("rotmnist", "c8cnn"), ("smoke2d", "c4cnn")])
+def test_on_pixels_the_projection_is_the_one_that_applies(task, model):
+    assert load_run(task, ["method=projection", f"model={model}"])
+    for method in ("cr", "cr-norm"):
+        with pytest.raises(ConfigError, match=f"method '{method}' does not apply to model '{model}'"):
+            load_run(task, [f"method={method}", f"model={model}"])
 
 
 def test_a_term_at_distance_zero_leaves_the_model_equivariant():

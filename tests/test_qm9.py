@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import os
-import sys
+import zipfile
 
 import molecules
 import numpy as np
@@ -224,58 +226,95 @@ def test_runs(tmp_path, name, method):
     assert summary["test_shipped"] > 0
 
 
-def stand_in(arrays: dict[str, np.ndarray]) -> list[dict]:
-    """The molecules as torch-geometric's preprocessed file has them; energies in eV."""
-    unit = np.ones(12)
-    unit[[2, 3, 4, 6, 7, 8, 9, 10]] = 27.211386246
-    found = []
+def pack(folder, arrays):
+    """The package that has these molecules, a third of them in each table, as pip finds it in the folder."""
+    symbols, rows = published.ELEMENTS, []
     for row, index in enumerate(arrays["index"]):
         atoms = slice(arrays["atom_offset"][row], arrays["atom_offset"][row + 1])
-        y = torch.zeros(1, 19, dtype=torch.float64)
-        y[0, :12] = torch.from_numpy(arrays["targets"][row] * unit)
-        y[0, 12:16], y[0, 7:11] = y[0, 7:11].clone(), -1e6  # of atomisation; the absolute ones are not read
-        z = torch.from_numpy(arrays["Z"][atoms].astype(np.int64))
-        pos = torch.from_numpy(arrays["pos"][atoms])
-        found.append({"z": z, "pos": pos, "y": y.float(), "idx": torch.tensor([int(index) - 1])})
-    return found
+        targets = dict(zip(published.QM9_COLUMNS, arrays["targets"][row].tolist(), strict=True))
+        elements, places = [symbols[z] for z in arrays["Z"][atoms]], arrays["pos"][atoms].tolist()
+        rows.append({"SMILES": "C,N", "Index": index, "Elements": elements, "XYZ_Ang": places, **targets})
+    folder.mkdir(exist_ok=True)
+    about = "qm9pack-1.0.3.dist-info"
+    with zipfile.ZipFile(folder / "qm9pack-1.0.3-py3-none-any.whl", "w") as archive:
+        for table, part in zip(published.QM9_TABLES, range(3), strict=True):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows[20 * part : 20 * (part + 1)])
+            archive.writestr(table, text.getvalue())
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: qm9pack\nVersion: 1.0.3\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+
+
+def chosen(arrays, rows, split):
+    """Some molecules, one after the other."""
+    bounds = arrays["atom_offset"]
+    atoms = [number for row in rows for number in range(bounds[row], bounds[row + 1])]
+    sizes = [bounds[row + 1] - bounds[row] for row in rows]
+    return {
+        **{name: arrays[name][rows] for name in ("index", "targets")},
+        **{name: arrays[name][atoms] for name in ("Z", "pos")},
+        "atom_offset": np.array([sum(sizes[:count]) for count in range(len(rows) + 1)], dtype=np.int32),
+        "split": np.array(split, dtype=np.uint8),
+    }
 
 
 @pytest.fixture
-def downloaded(made_up, tmp_path, monkeypatch):
-    """The preprocessed file of torch-geometric, as if it had been downloaded."""
-    raw = tmp_path / "qm9" / "pyg" / "raw"
-    raw.mkdir(parents=True)
-    torch.save(stand_in(made_up), raw / "qm9_v3.pt")
-    monkeypatch.setitem(sys.modules, "rdkit", None)  # with it, the package would parse other files
-    monkeypatch.setattr(published, "QM9_SIZE", 60)
-    monkeypatch.setattr(published.drawn, "__defaults__", (60, 25))
-    expected = data.checksum(published.composition(made_up, published.drawn()))
-    monkeypatch.setattr(published, "QM9_DRAWN", expected)
-    return made_up
+def packed(made_up, tmp_path, monkeypatch):
+    """Sixty molecules where pip looks for packages, of which the default draws 25; an empty cache."""
+    made_up["pos"][0] = 0.0, 1.0, 1e-7
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "packages"))
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(published.deal_qm9, "__defaults__", (25,))
+    pack(tmp_path / "packages", made_up)
+    generator = np.random.default_rng(20250531)
+    drawn, order = sorted(generator.permutation(60)[:25].tolist()), generator.permutation(25).tolist()
+    whole = np.random.default_rng(20250531).permutation(60).tolist()
+    expected = {
+        "qm9_30k": chosen(made_up, drawn, [np.digitize(order.index(row), [20, 22]) for row in range(25)]),
+        "qm9_full": chosen(made_up, list(range(60)), [np.digitize(whole.index(row), [50, 55]) for row in range(60)]),
+    }
+    for name, arrays in expected.items():
+        monkeypatch.setitem(data.CHECKSUMS, name, data.checksum(arrays))
+    return made_up, expected
 
 
-def test_the_full_set_comes_through_torch_geometric(downloaded, tmp_path, capfd):
-    with pytest.raises(DataError, match="Run `ace data qm9`"):
-        QM9(full=True)
-    assert published.download_qm9() == tmp_path / "qm9" / "qm9_full.npz"
-    capfd.readouterr()  # the package says that it takes the preprocessed file
-    arrays = published.load_qm9(full=True)
-    for name in ("index", "atom_offset", "Z", "pos"):
-        np.testing.assert_array_equal(arrays[name], downloaded[name], strict=True)
-    np.testing.assert_allclose(arrays["targets"], downloaded["targets"], rtol=1e-6)
-    assert np.bincount(arrays["split"]).tolist() == [50, 5, 5]
-    task = QM9("homo", full=True)
-    assert [task.size(split) for split in SPLITS] == [50, 5, 5]
+def test_download_has_what_the_default_needs_and_all(packed, tmp_path):
+    for full in (False, True):
+        with pytest.raises(DataError, match="Run `ace data qm9`"):
+            QM9(full=full)
+    assert not TASKS["qm9"].available()[0]
+    assert published.download_qm9() == tmp_path / "cache" / "qm9"
+    assert TASKS["qm9"].available() == (True, "")
+    for full, expected in zip((False, True), packed[1].values(), strict=True):
+        arrays = published.load_qm9(full)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(arrays[name], array, strict=True)
+    assert [QM9("homo").size(split) for split in SPLITS] == [20, 2, 3]
+    assert [QM9("homo", full=True).size(split) for split in SPLITS] == [50, 5, 5]
 
 
-def test_other_molecules_are_refused(downloaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "QM9_DRAWN", "0" * 64)
-    with pytest.raises(DataError, match=r"is not QM9 as published: 60 molecules \(expected 60\)"):
+def test_what_is_not_the_published_package_is_refused(packed, tmp_path):
+    made_up, _ = packed
+    made_up["targets"][7, 3] += 1e-6
+    pack(tmp_path / "packages", made_up)
+    with pytest.raises(DataError, match=r"qm9pack==1\.0\.3 does not hold the published numbers of qm9_.* Try again"):
         published.download_qm9()
-    monkeypatch.setattr(published, "QM9_SIZE", 61)
-    with pytest.raises(DataError, match=r"60 molecules \(expected 61\)"):
+    [wheel] = (tmp_path / "packages").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist() if "part2" not in name}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in kept.items():
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=r"qm9pack-1\.0\.3-.*whl is not laid out as published .*part2.* Try again"):
         published.download_qm9()
-    assert not (tmp_path / "qm9" / "qm9_full.npz").exists()
+    wheel.unlink()
+    with pytest.raises(DataError, match=r"pip could not download qm9pack==1\.0\.3 \(.*No matching.* put qm9_30k\.npz"):
+        published.download_qm9()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_and_altered_data(made_up, tmp_path):
@@ -286,7 +325,7 @@ def test_missing_and_altered_data(made_up, tmp_path):
     with pytest.raises(DataError, match="does not hold the published numbers of qm9_30k"):
         QM9()
     path.unlink()
-    with pytest.raises(DataError, match=r"qm9_30k\.npz was looked for at .* task\.full=true"):
+    with pytest.raises(DataError, match=r"qm9_30k\.npz was looked for at .*ace data qm9"):
         QM9()
     available, message = TASKS["qm9"].available()
     assert not available
@@ -302,8 +341,6 @@ def test_real_data_have_the_published_scale():
     assert task.std == pytest.approx(1097, rel=0.01)  # what elements do not explain: 0.0405 Hartree
     for name, std in {"mu": 1.53, "alpha": 8.2, "homo": 600, "lumo": 1270, "gap": 1290, "zpve": 900, "Cv": 4.1}.items():
         assert QM9(name).std == pytest.approx(std, rel=0.03)
-    arrays = published.load_qm9()
-    assert data.checksum(published.composition(arrays, np.arange(30_000))) == published.QM9_DRAWN
     sizes = torch.cat([batch.inputs["batch"].bincount() for batch in task.batches("test", 500)])
     assert (sizes.min() >= 3, sizes.max() <= 29) == (True, True)
 

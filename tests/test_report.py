@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,12 @@ from ace.comparison import by_setting
 from ace.errors import AceError
 from ace.tables import table
 from benchmarks.report import against_strict, gather, main
+from benchmarks.studies import diagnosis, published, rates
 from benchmarks.studies.published import beside
 from benchmarks.train import run
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PAGES = sorted(path.name.removesuffix("-wide.md") for path in RESULTS.glob("*-wide.md"))
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +172,28 @@ def test_published_numbers_stand_beside_ours_in_their_units():
         "| t | m | ace | domain, 1 | 2 (B) | 3 ± 0 (2 seeds, 500 steps) | none |",
         "| t | m | cr | 1 | 2 (C) | – | none |",
     ]
+
+
+def test_the_pages_of_the_documentation_are_found():
+    assert {"polish", "quick", "rates", "results", "strength"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_committed_files_of_a_page_are_those_of_its_csv(name, tmp_path):
+    """All but the figures; ``python -m benchmarks.report NAME docs/results`` makes those anew that are not."""
+    text = {".csv", ".md", ".tex"}
+    committed = {path.name: path.read_bytes() for path in RESULTS.glob(f"{name}[-.]*") if path.suffix in text}
+    [reference] = set(re.findall("relative to (.+) with the same seed", committed[f"{name}-wide.md"].decode()))
+    (tmp_path / f"{name}.csv").write_bytes(committed[f"{name}.csv"])
+    main([name, str(tmp_path), "--relative-to", "strict" if reference == "strict training" else reference])
+    if f"{name}-sensitivity.md" in committed:
+        rates.report(tmp_path)
+    assert [file for file, content in committed.items() if (tmp_path / file).read_bytes() != content] == []
+
+
+def test_the_committed_tables_of_two_studies_are_those_of_their_csv(tmp_path):
+    for name in ("published", *published.SUITES):
+        (tmp_path / f"{name}.csv").write_bytes((RESULTS / f"{name}.csv").read_bytes())
+    published.report(tmp_path)
+    assert (tmp_path / "published.md").read_bytes() == (RESULTS / "published.md").read_bytes()
+    assert diagnosis.report(pd.read_csv(RESULTS / "diagnosis.csv")).encode() == (RESULTS / "diagnosis.md").read_bytes()

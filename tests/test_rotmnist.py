@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from server import serving
 from torch import nn
 
 import ace
@@ -17,8 +20,9 @@ from ace.errors import ConfigError, ConstraintNotMet, DataError
 from benchmarks import data, train
 from benchmarks.config import load_run
 from benchmarks.models import MODELS
+from benchmarks.regularizers import ProjectionRegularizer, on_pixels
 from benchmarks.tasks import TASKS
-from benchmarks.tasks.rotmnist import ARRAYS, FILE, Digits
+from benchmarks.tasks.rotmnist import ARRAYS, FILE, Digits, download, turned
 
 real_data = pytest.mark.skipif(not os.environ.get("ACE_DATA"), reason="ACE_DATA is not set")
 needs_escnn = pytest.mark.skipif(find_spec("escnn") is None, reason="escnn has an environment of its own")
@@ -124,7 +128,52 @@ def test_missing_and_altered_data(made_up, tmp_path, monkeypatch):
     available, message = entry.available()
     assert not available
     assert "mnist10k_rot.npz was looked for" in message
-    assert "rotate(image, angle" in message
+    assert "ace data rotmnist" in message
+
+
+@pytest.fixture
+def origin(tmp_path, monkeypatch):
+    """Address of a server with two or three made-up digits of each class, its folder, and the digits."""
+    pytest.importorskip("pooch", reason="downloads need the extra 'bench'")
+    monkeypatch.delenv("ACE_DATA", raising=False)
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "server"
+    root.mkdir()
+    generator, digits = np.random.default_rng(0), []
+    for digit in range(10):
+        gray = generator.integers(0, 256, (2 + digit % 2, 28, 28))
+        (root / f"{digit}.json").write_text(json.dumps({"data": np.round(gray / 255, 3).ravel().tolist()}))
+        digits += [(image, digit) for image in gray]
+    with serving(root) as address:
+        yield address, root, digits
+
+
+def test_download_turns_and_verifies(origin, tmp_path, monkeypatch):
+    """Against a loop over the digits."""
+    address, root, digits = origin
+    with pytest.raises(DataError, match=r"published numbers of mnist10k_rot: .* Try again"):
+        download(address)
+    assert not (tmp_path / "cache").exists()
+    generator = np.random.default_rng(20250531)
+    order, angles = generator.permutation(25), generator.uniform(0, 360, 25).astype(np.float32)
+    expected = {name: [] for name in ARRAYS}
+    for place, (number, angle) in enumerate(zip(order, angles, strict=True)):
+        image, label = digits[number]
+        rotated = ndimage.rotate(image.astype(float), float(angle), order=1, reshape=False).round()
+        row = (image, rotated, label, 0 if place < 20 else 1 if place < 22 else 2)
+        for name, value in zip(ARRAYS, row, strict=True):
+            expected[name].append(value)
+    arrays = {name: np.array(values).astype(np.uint8) for name, values in expected.items()}
+    monkeypatch.setitem(data.CHECKSUMS, "mnist10k_rot", data.checksum(arrays))
+    assert download(address) == tmp_path / "cache" / FILE
+    assert TASKS["rotmnist"].available() == (True, "")
+    for content in ('{"data": [0, 1]}', '{"data": 3', "{}", "[]"):
+        (root / "7.json").write_text(content)
+        with pytest.raises(DataError, match=r"7\.json is not laid out as published .* Try again"):
+            download(address)
+    (root / "7.json").unlink()
+    with pytest.raises(DataError, match=r"7\.json could not be downloaded .* put mnist10k_rot\.npz"):
+        download(address)
 
 
 @pytest.fixture
@@ -211,10 +260,114 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path, method):
     assert whole["equivariance_error_float64"] < 1e-6
 
 
+def projection_of(layer, weight):
+    return on_pixels(MODELS["c8cnn"].turns(layer), weight)
+
+
+def filters(layer):
+    """What escnn expands its own weights to, and a bias that is the same on all channels of a field."""
+    with torch.no_grad():
+        kernel, bias = layer.expand_parameters()
+    return kernel.flatten(1), torch.ones(len(kernel)) if bias is None else bias
+
+
+@needs_escnn
+def test_the_projection_keeps_the_filters_of_escnn(classifier):
+    """And of another kernel leaves what is the same turned, channels and pixels, and nothing when projected again."""
+    for layer in (module for module in classifier.modules() if type(module).__name__ == "R2Conv"):
+        weight, bias = filters(layer)
+        kept, kept_bias = projection_of(layer, weight)(weight, bias)
+        torch.testing.assert_close(kept, weight, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(kept_bias, bias)
+        weight, bias = torch.randn_like(weight).double(), torch.randn_like(bias).double()
+        projection = projection_of(layer, weight)
+        kept, kept_bias = projection(weight, bias)
+        assert 0.1 < float(kept.norm() / weight.norm()) < 0.9
+        for again, once in zip(projection(kept, kept_bias), (kept, kept_bias), strict=True):
+            torch.testing.assert_close(again, once, atol=1e-10, rtol=0)
+
+
+@needs_escnn
+@pytest.mark.parametrize("order", [2, 4, 6, 8])
+def test_the_projection_is_the_mean_over_pixels_and_turns(order):
+    """A loop over the turns that are in the group, and the pixels, counted from the centre, upwards."""
+    model = MODELS["c8cnn"].build(order=order, fields=1, hidden=4)
+    layer = [module for module in model.modules() if type(module).__name__ == "R2Conv"][1]
+    weight, bias = torch.randn(2 * order, order * 25, dtype=torch.float64), torch.randn(2 * order, dtype=torch.float64)
+    kernel, expected, expected_bias = weight.unflatten(1, (order, 5, 5)), 0, 0
+    elements = [g for g in layer.in_type.testing_elements if float(4 * g.value / order).is_integer()]
+    for g in elements:
+        into, out = (torch.tensor(fields.representation(g)) for fields in (layer.in_type, layer.out_type))
+        cos, sin = (round(part(2 * np.pi * g.value / order)) for part in (np.cos, np.sin))
+        moved = torch.zeros_like(kernel)
+        for x in range(-2, 3):
+            for y in range(-2, 3):
+                turned = cos * x - sin * y, sin * x + cos * y
+                moved[:, :, 2 - turned[1], 2 + turned[0]] = out @ kernel[:, :, 2 - y, 2 + x] @ into.T
+        expected, expected_bias = expected + moved / len(elements), expected_bias + out @ bias / len(elements)
+    assert len(elements) == (4 if order % 4 == 0 else 2)
+    kept, kept_bias = projection_of(layer, weight)(weight, bias)
+    torch.testing.assert_close(kept, expected.flatten(1))
+    torch.testing.assert_close(kept_bias, expected_bias)
+
+
+@needs_escnn
+def test_terms_at_distance_zero_leave_the_classifier_equivariant():
+    model, images = MODELS["c8cnn"].build(fields=1, hidden=4), torch.rand(3, 1, 12, 12)
+    ace.relax(model, example=images, layers=lambda path, module: type(module).__name__ == "R2Conv")
+    relaxations = ace.relaxations(model)
+    for relaxation in relaxations.values():
+        torch.nn.init.normal_(relaxation.term.map.weight)
+        torch.nn.init.normal_(relaxation.term.map.bias)
+    regularizer = ProjectionRegularizer(model, lambda layer, weight: [(1.0, projection_of(layer, weight))])
+    assert regularizer.distance() > 1
+    assert ace.equivariance_error(model, images, ace.Cyclic(4), elements=4, **C4).max > 1e-2
+    for path, relaxation in relaxations.items():
+        dense = relaxation.term.map
+        with torch.no_grad():
+            weight, bias = projection_of(model.get_submodule(path), dense.weight)(dense.weight, dense.bias)
+            dense.weight.copy_(weight)
+            dense.bias.copy_(bias)
+    assert regularizer.distance() < 1e-4
+    assert ace.equivariance_error(model, images, ace.Cyclic(4), elements=4, dtype=torch.float64, **C4).max < 1e-5
+    assert ace.projection_gap(model, images) > 1e-3
+
+
+@needs_escnn
+def test_the_distance_of_a_bottleneck_is_that_of_its_product():
+    enn = pytest.importorskip("escnn.nn")
+    model, images = MODELS["c8cnn"].build(fields=3, hidden=4), torch.rand(3, 1, 12, 12)
+    ace.relax(model, example=images, layers=lambda path, module: type(module).__name__ == "R2Conv")
+    regularizer = ProjectionRegularizer(model, lambda layer, weight: [(1.0, projection_of(layer, weight))])
+    expected = 0
+    for path, relaxation in ace.relaxations(model).items():
+        layer, term = model.get_submodule(path), relaxation.term
+        pixels = torch.eye(layer.in_type.size * 25).unflatten(1, (-1, 5, 5))  # each patch of one pixel and channel
+        with torch.no_grad():
+            answers = term(enn.GeometricTensor(pixels, layer.in_type))["tensor"][..., 2, 2]
+            bias = term(enn.GeometricTensor(torch.zeros_like(pixels[:1]), layer.in_type))["tensor"][0, :, 2, 2]
+        weight = (answers - bias).T
+        kept, kept_bias = projection_of(layer, weight)(weight, bias)
+        expected += float(((weight - kept).square().sum() + (bias - kept_bias).square().sum()).sqrt())
+    distance = regularizer.distance()
+    assert distance.item() == pytest.approx(expected, rel=1e-4)
+    distance.backward()
+    for relaxation in ace.relaxations(model).values():
+        assert all(weights.grad is not None and weights.grad.any() for weights in relaxation.term.parameters())
+
+
+@needs_escnn
+@pytest.mark.usefixtures("made_up")
+def test_groups_of_irreps_are_refused_on_pixels(tmp_path):
+    words = ("method=projection", "method.groups={so2: 1}", "model.fields=1", "steps=2", "task.train=18")
+    with pytest.raises(ConfigError, match=r"method\.groups is for terms between e3nn irreps"):
+        train.run(load_run("rotmnist", words), tmp_path)
+
+
 @pytest.mark.data
 @real_data
 def test_real_sizes_baselines_and_recipe():
-    """Nearest class mean; and what the file is made of, as the message about a missing file says."""
+    """Nearest class mean; and what the download makes of the digits."""
     for images, expected in (("upright", 0.202), ("rotated", 0.533)):
         task = Digits(images, images)
         assert tuple(task.size(split) for split in ("train", "valid", "test")) == (8000, 1000, 1000)
@@ -224,12 +377,9 @@ def test_real_sizes_baselines_and_recipe():
         nearest = torch.cdist(new.inputs["images"].flatten(1), means).argmin(1)
         assert float((nearest != new.target).double().mean()) == pytest.approx(expected, abs=0.002)
         torch.testing.assert_close(seen.inputs["images"].square().mean(), torch.tensor(1.0))
-    ndimage = pytest.importorskip("scipy.ndimage")
     arrays = data.load_file(FILE, ARRAYS, "")
-    generator = np.random.default_rng(20250531)
-    order, angles = generator.permutation(10_000), generator.uniform(0, 360, 10_000).astype(np.float32)
-    np.testing.assert_array_equal(arrays["label"], np.sort(arrays["label"])[order])
-    np.testing.assert_array_equal(arrays["split"], np.repeat([0, 1, 2], [8000, 1000, 1000]))
-    for i in range(0, 10_000, 500):
-        turned = ndimage.rotate(arrays["image"][i].astype(float), float(angles[i]), order=1, reshape=False)
-        assert np.abs(arrays["rotated"][i] - turned).max() <= 0.5 + 1e-6
+    in_order = np.empty_like(arrays["image"])
+    in_order[np.random.default_rng(20250531).permutation(10_000)] = arrays["image"]
+    again = turned(np.split(in_order, np.cumsum(np.bincount(arrays["label"]))[:-1]))
+    for name in ARRAYS:
+        np.testing.assert_array_equal(again[name], arrays[name], strict=True)

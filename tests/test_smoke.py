@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 
@@ -20,8 +21,9 @@ from ace.groups import act
 from benchmarks import data, train
 from benchmarks.config import load_run
 from benchmarks.models import MODELS
+from benchmarks.regularizers import on_pixels
 from benchmarks.tasks import TASKS
-from benchmarks.tasks.smoke import ARRAYS, FILE, Smoke
+from benchmarks.tasks.smoke import ARRAYS, FILE, PACKAGES, Smoke, generate, load, simulate
 
 real_data = pytest.mark.skipif(not os.environ.get("ACE_DATA"), reason="ACE_DATA is not set")
 needs_escnn = pytest.mark.skipif(find_spec("escnn") is None, reason="escnn has an environment of its own")
@@ -181,7 +183,15 @@ def test_missing_and_altered_data(made_up, tmp_path, monkeypatch):
     monkeypatch.setenv("ACE_CACHE", str(tmp_path / "nowhere"))
     available, message = entry.available()
     assert not available
-    assert "PhiFlow" in message
+    assert f"`ace data smoke2d` does so (five minutes) after `python -m pip install {PACKAGES}`" in message
+
+
+def test_without_phiflow_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "phi", None)  # importing it raises ModuleNotFoundError
+    with pytest.raises(DataError, match=f"phi is not installed: python -m pip install {PACKAGES}"):
+        generate()
+    assert not list(tmp_path.iterdir())
 
 
 def build(name, **options):
@@ -261,9 +271,34 @@ def test_terms_learn_and_leave_the_model_as_it_was():
 
 
 @needs_escnn
+def test_the_projection_keeps_the_filters_of_vector_fields():
+    """The convolutions of escnn commute with quarter turns; so does what the projection leaves of any other."""
+    enn = pytest.importorskip("escnn.nn")
+    for layer in build("c4cnn", frames=2, fields=2, layers=3).layers:
+        if not isinstance(layer, enn.R2Conv):
+            continue
+        with torch.no_grad():
+            kernel, bias = layer.expand_parameters()
+        weight, bias = kernel.flatten(1), torch.zeros(len(kernel)) if bias is None else bias
+        projection = on_pixels(MODELS["c4cnn"].turns(layer), weight)
+        for kept, whole in zip(projection(weight, bias), (weight, bias), strict=True):
+            torch.testing.assert_close(kept, whole, atol=1e-6, rtol=1e-5)
+        kept, bias = projection(torch.randn_like(weight), torch.randn_like(bias))
+        assert kept.norm() > 0.1
+        x = enn.GeometricTensor(torch.randn(2, layer.in_type.size, 7, 7), layer.in_type)
+        kernel = kept.view_as(kernel)
+        for element in layer.in_type.testing_elements:
+            before, after = (
+                enn.GeometricTensor(nn.functional.conv2d(fields.tensor, kernel, bias, padding=1), layer.out_type)
+                for fields in (x, x.transform(element))
+            )
+            torch.testing.assert_close(after.tensor, before.transform(element).tensor, atol=1e-4, rtol=1e-4)
+
+
+@needs_escnn
 @pytest.mark.usefixtures("made_up")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["ace", "ace-tolerance", "remul"])
+@pytest.mark.parametrize("method", ["ace", "ace-tolerance", "projection", "remul"])
 def test_runs_of_the_steerable_network(tmp_path, method):
     words = f"method={method} model.fields=1 model.layers=2 steps=4 batch_size=4 eval_every=2 task.horizon=2"
     summary = train.run(load_run("smoke2d", words.split()), tmp_path)
@@ -298,3 +333,41 @@ def test_real_runs_are_nearly_turned_copies_of_one_another():
         assert 0.5 < cosine(act(quarter, here, "vector_image"), there) < 0.9999
         assert cosine(act(backward, here, "vector_image"), there) < 0.1
         assert abs(cosine(act(quarter, here, "image"), there)) < 0.1
+
+
+@pytest.mark.data
+@real_data
+@pytest.mark.skipif(find_spec("phi") is None, reason="PhiFlow is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_real_frames_are_those_that_phiflow_makes():
+    """Of two sides, at once and alone."""
+    stored = data.load_file(FILE, ARRAYS, "")
+    runs = list(zip(stored["strength_k"].tolist(), stored["inflow_side"].tolist(), strict=True))
+    for chosen in ([3, 13], [13]):
+        found = simulate([runs[number] for number in chosen], frames=2)
+        np.testing.assert_allclose(found, stored["velocity"][chosen, :2], atol=1e-3)
+
+
+@pytest.mark.data
+@real_data
+def test_runs_made_on_another_processor_are_read(tmp_path, monkeypatch):
+    """Rounding that grew until the last frames; but no other numbers, and none without their checksum."""
+    published = data.load_file(FILE, ARRAYS, "")
+    monkeypatch.delenv("ACE_DATA")
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path))
+    made = {name: array.copy() for name, array in published.items()}
+    made["velocity"][:, -10:] += np.random.default_rng(0).normal(0, 0.005, (16, 10, 2, 64, 64)).astype(np.float16)
+    data.save_arrays(tmp_path / FILE, made)
+    np.testing.assert_array_equal(load()["velocity"], made["velocity"])
+    assert Smoke().size("train") == 540
+    checksum = data.checksum_file(tmp_path / FILE)
+    stated = checksum.read_text()
+    for wrong, message in (("0" * 64, "truncated or altered"), (None, "does not hold the published numbers")):
+        checksum.unlink() if wrong is None else checksum.write_text(wrong)
+        with pytest.raises(DataError, match=message):
+            load()
+    checksum.write_text(stated)
+    for change in ({"velocity": 1.01 * made["velocity"]}, {"inflow_side": made["inflow_side"][::-1]}):
+        data.save_arrays(tmp_path / FILE, {**made, **change})
+        with pytest.raises(DataError, match="does not hold the published numbers"):
+            load()

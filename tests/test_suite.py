@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import ROOT, TINY, cache, tiny  # noqa: F401
+from runs import ROOT, TINY, cache, command, tiny  # noqa: F401
 
 from ace import results
 from ace.errors import AceError, ConfigError, DataError
@@ -23,7 +23,8 @@ from benchmarks.executors import Processes
 from benchmarks.locks import NAME, Locked, holder, is_locked, locked
 from benchmarks.models import MODELS
 from benchmarks.suite import prepare, run_suite, shell_commands, status
-from benchmarks.train import build_model, run
+from benchmarks.tasks import TASKS
+from benchmarks.train import build_model, how_to_install, run
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -50,8 +51,20 @@ def test_a_model_whose_package_is_missing_is_refused_or_left_out(tmp_path, monke
     runs, [reason] = prepare(load_suite(file), tmp_path / "out")
     assert [run.model.name for run in runs] == ["egnn"]
     assert reason.startswith("segnn left out")
-    with pytest.raises(ConfigError, match="no_such_package, which is not installed"):
+    with pytest.raises(ConfigError, match=r"no_such_package, which is not installed here\. Install it"):
         build_model(load_run("nbody", ["model=segnn"]), None)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if not entry.installed])
+def test_a_model_with_an_environment_of_its_own_is_pointed_there(tmp_path, name):
+    """One that exists, or can be made."""
+    pair = {"tasks": [next(task for task, entry in TASKS.items() if name in entry.models)], "models": [name]}
+    with pytest.raises(DataError, match=f"{name}: its package .*make test-hosts") as caught:
+        prepare(suite(tmp_path, {**pair, "methods": ["strict"]}), tmp_path / "out")
+    [environment] = re.findall(r"\.venvs/([a-z]+)/bin/ace", str(caught.value))
+    assert (ROOT / "tests" / "hosts" / "environments" / f"{environment}.txt").is_file()
+    assert f"`.venvs/{environment}`" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f".venvs/{environment}/bin/ace" in how_to_install(MODELS[name].package)
 
 
 def test_a_suite_runs_what_is_missing_and_reports_each(tmp_path):
@@ -195,6 +208,40 @@ def test_two_suites_in_one_folder_are_refused(tmp_path):
                 start()
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert run_suite([], tmp_path, Processes(), print) == []
+
+
+def test_a_second_command_on_the_folder_is_refused_and_the_first_goes_on(tmp_path):
+    """The first is held up, so that it is at work for sure, while the second is tried."""
+    over = {"task": {"train": 40, "valid": 10, "test": 10}, "model": {"hidden": 8, "layers": 2}, "steps": 20}
+    whole = suite(tmp_path, {"tasks": ["nbody"], "models": ["egnn"], "overrides": over}, methods=["strict", "ace"])
+    out = tmp_path / "out"
+    line = ("suite", str(tmp_path / "suite.yaml"), "--out", str(out))
+    first = subprocess.Popen(
+        [sys.executable, "-c", "from ace.cli import main; main()", *line],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not holder(out).endswith("UTC"):
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        second = command(*line)
+    finally:
+        first.send_signal(signal.SIGCONT)
+        output, errors = first.communicate()
+    assert second.returncode == 2
+    assert f"another process is working here (pid {first.pid} on " in second.stderr
+    assert "Traceback" not in second.stderr
+    assert (first.returncode, errors) == (0, "")
+    assert "0 of them done already" in output
+    assert words(out) == {run.folder.as_posix(): "done" for run in whole.runs}
+    shown = command("table", str(out), "--metrics", "test_shipped")
+    assert shown.returncode == 0, shown.stderr
+    rows = [row.split("|")[-4:-2] for row in shown.stdout.splitlines() if "nbody" in row]
+    assert sorted((method.strip(), count.strip()) for method, count in rows) == [("ace", "1"), ("strict", "1")]
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):

@@ -7,11 +7,14 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 from runs import METHODS, ROOT, TINY, cache, tiny  # noqa: F401
 
 import ace
@@ -20,6 +23,7 @@ from ace.errors import CheckpointMismatch, ConfigError, DataError, NonFiniteLoss
 from benchmarks.config import load_run
 from benchmarks.locks import Locked, locked
 from benchmarks.methods import METHODS as METHOD_CLASSES
+from benchmarks.models import MODELS
 from benchmarks.tasks.base import Dynamics, Task
 from benchmarks.train import RunFailed, build_model, build_task, run, training_batches
 
@@ -162,8 +166,25 @@ def test_the_folder_and_the_summary_of_a_run(tmp_path, name):
     assert summary["seconds"] > 0
     assert summary["seconds_per_step"] * config.steps <= summary["seconds"]
     assert summary["peak_memory_mb"] > 10
+    assert "escnn" not in summary
+    for package in ("torch", "e3nn", "numpy", "torch-geometric"):
+        assert summary[package] == import_module(package.replace("-", "_")).__version__
     if name in {"ace", "cr", "strict"}:
         assert summary["final_max_gamma"] == summary["final_projection_gap"] == 0
+
+
+def test_the_summary_has_the_version_of_the_package_of_the_model(tmp_path, monkeypatch):
+    """Under the name that pip knows it by."""
+    monkeypatch.setitem(MODELS, "egnn", replace(MODELS["egnn"], package="yaml"))
+    summary = run(tiny("method=strict"), tmp_path)
+    assert summary["PyYAML"] == yaml.__version__
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_memory_and_time_of_a_run_on_a_gpu(tmp_path):
+    summary = run(tiny("method=strict", "device=cuda"), tmp_path)
+    assert summary["peak_memory_mb"] == torch.cuda.max_memory_allocated() / 2**20
+    assert 0 < summary["seconds_per_step"] * 20 < summary["seconds"]
 
 
 def _parameters(config):
@@ -229,6 +250,28 @@ def test_a_compiled_run_is_the_plain_one_to_rounding(tmp_path, method):
     first = frames[False]["step"] <= 10  # before a rounding can decide when γ is 0
     plain, compiled = (torch.tensor(frame.loc[first, "value"].to_numpy()) for frame in frames.values())
     torch.testing.assert_close(plain, compiled, rtol=2e-3, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path):
+    """Neither forward nor backward: there is no compiler. A process of its own, since graphs and failures are kept."""
+    sizes = ("task.train=40", "task.valid=10", "task.test=10", "model.layers=1", "model.width=4")
+    words = (*sizes, "steps=4", "eval_every=2", "batch_size=16", "log_every=1", "method=ace")
+    plain = run(load_run("broken", words), tmp_path / "plain")
+    folder = tmp_path / "compiled"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(load_run("broken", (*words, "compile=true")).to_yaml())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CXX": "false"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "benchmarks.train", str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No working C++ compiler" in done.stderr  # it was tried
+    compiled = json.loads((folder / "summary.json").read_text())
+    assert compiled["config.compile"]
+    for key in ("valid_shipped", "test_shipped", "final_max_gamma"):
+        assert compiled[key] == pytest.approx(plain[key], rel=1e-5)
+    before, after = (ace.History.load(tmp_path / name / "history.csv").frame() for name in ("plain", "compiled"))
+    pd.testing.assert_frame_equal(before, after, rtol=1e-5, atol=1e-7)
 
 
 def test_the_history_holds_no_clock_and_every_evaluation(tmp_path):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import Tensor
 
 import ace
 from ace.distributed import total, total_sizes, world_size
+from ace.errors import ConfigError
 from ace.relaxation import measuring
 from benchmarks.methods.base import Unconstrained
 from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Relaxing
-from benchmarks.regularizers import LieRegularizer, ProjectionRegularizer
+from benchmarks.regularizers import GROUP, LieRegularizer, ProjectionRegularizer, Z, not_from, on_irreps, on_pixels
 from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks import Batch
 
@@ -142,18 +144,57 @@ class Rpp(Unconstrained):
 class Projection(Unconstrained):
     """A price on the distance of the terms from equivariant maps (Berndt and Stühmer, 2026; PER of Kim et al., 2023).
 
-    The objective is J + weight · r with the ``ProjectionRegularizer``'s r, γ = 1.
+    The objective is J + weight · r with the ``ProjectionRegularizer``'s r, γ = 1. Between irreps ``groups`` names the
+    groups, with the factor of each; without it, it is O(3) alone. On pixels the group is that of the quarter turns.
     """
 
     by_irreps = True
+    by_turns = True
 
     class Options(Options):  # noqa: D106
         weight: float = Field(0.01, ge=0)
+        groups: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, min_length=1)
+        axis: tuple[float, float, float] = Z
+
+        @field_validator("groups")
+        @classmethod
+        def _known(cls, groups: dict[str, float] | None) -> dict[str, float] | None:
+            if unknown := [name for name in groups or {} if not re.fullmatch(GROUP, name)]:
+                raise ValueError(
+                    f"{unknown[0]!r} is none of o3, so3, so2, octahedral, inversion, c and d with a number, such as c4"
+                )
+            return groups
+
+        @model_serializer(mode="wrap")
+        def _used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+            """Leave out what came later and is not used: a run stays the same run."""
+            unused = {key for key in ("groups", "axis") if getattr(self, key) == type(self).model_fields[key].default}
+            return {key: value for key, value in serialize(self).items() if key not in unused}
 
     def setup(self) -> None:  # noqa: D102
         super().setup()
-        entry = MODELS[self.config.model.name]
-        self.regularizer = ProjectionRegularizer(self.model, entry.read_types, entry.write_types, entry.read_positions)
+        self.regularizer = ProjectionRegularizer(self.model, self.projections)
+
+    def projections(self, layer: Any, weight: Tensor) -> list[tuple[float, Any]]:
+        """Return the factor and the projection of each group for the term of a layer.
+
+        Raises:
+            ConfigError: Groups are named, but the features are on pixels.
+        """
+        entry, method = MODELS[self.config.model.name], self.config.method
+        if entry.turns is None:
+            types = entry.read_types(layer), entry.write_types(layer), weight
+            positions = entry.read_positions(layer)
+            return [
+                (factor, not_from(positions, on_irreps(*types, group, method.axis)))
+                for group, factor in (method.groups or {"o3": 1.0}).items()
+            ]
+        if method.groups:
+            raise ConfigError(
+                f"method.groups is for terms between e3nn irreps; those of model {self.config.model.name!r} are on "
+                "pixels, where the group is that of the quarter turns: leave it out"
+            )
+        return [(1.0, on_pixels(entry.turns(layer), weight))]
 
     def step(self, batch: Batch) -> Any:  # noqa: D102
         loss = self.loss(self.trained, batch)

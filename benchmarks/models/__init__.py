@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from benchmarks import plugins
@@ -22,7 +23,7 @@ from benchmarks.models.schnet import SchNet
 from benchmarks.models.se3_transformer import SE3Classifier
 from benchmarks.models.segnn import SEGNN
 from benchmarks.models.steerable import SteerableClassifier, SteerableFlow
-from benchmarks.models.vector import VectorNet
+from benchmarks.models.vector import VectorAxisNet, VectorNet
 from benchmarks.models.vn import VNDGCNN, VNPointNet
 
 
@@ -38,6 +39,8 @@ class ModelEntry:
             linear terms by them do not apply.
         write_types: Layer -> e3nn irreps of the node tensors it returns, concatenated.
         read_positions: Layer -> the entries of what it is called with that translations move.
+        turns: Layer -> number of quarter turns, counterclockwise, to the matrices by which they act on the channels it
+            reads and on those it writes; None where its features are no fields on pixels.
         tasks: Tasks it runs on beside those that name it.
         package: The package that the model comes from, if it is none of those that the suite needs anyway.
         proper: Whether it is equivariant to rotations only, also where the data have the symmetry of reflections.
@@ -48,6 +51,7 @@ class ModelEntry:
     read_types: Callable[[Any], str] | None = None
     write_types: Callable[[Any], str] | None = None
     read_positions: Callable[[Any], slice] = lambda layer: slice(0)
+    turns: Callable[[Any], dict[int, tuple[Any, Any]]] | None = None
     tasks: tuple[str, ...] = ()
     package: str | None = None
     proper: bool = False
@@ -98,6 +102,22 @@ def _vectors(build: Callable[..., nn.Module], layer: str) -> ModelEntry:
     )
 
 
+def _steerable(build: Callable[..., nn.Module]) -> ModelEntry:
+    return ModelEntry(build=build, layers=("R2Conv",), turns=_quarter_turns, package="escnn")
+
+
+def _quarter_turns(layer: Any) -> dict[int, tuple[Any, Any]]:
+    """Those of the quarter turns that are in the group of the fields of a convolution."""
+    reads, writes = layer.in_type, layer.out_type
+    quarters = [np.linalg.matrix_power([[0, -1], [1, 0]], number) for number in range(4)]
+    return {
+        number: (reads.representation(element), writes.representation(element))
+        for element in reads.testing_elements
+        for number, quarter in enumerate(quarters)
+        if np.allclose(reads.gspace.basespace_action(element), quarter, atol=1e-6)
+    }
+
+
 MODELS = {
     "egnn": _egnn(EGNN),
     "segnn": _segnn(SEGNN),
@@ -111,8 +131,8 @@ MODELS = {
         build=EquiformerForces, layers=("L2DistAttention", "FeedForward"), package="equiformer_pytorch", proper=True
     ),
     "egno": _egnn(EGNO),
-    "c8cnn": ModelEntry(build=SteerableClassifier, layers=("R2Conv",), package="escnn"),
-    "c4cnn": ModelEntry(build=SteerableFlow, layers=("R2Conv",), package="escnn"),
+    "c8cnn": _steerable(SteerableClassifier),
+    "c4cnn": _steerable(SteerableFlow),
     "cnn": ModelEntry(build=CNN, layers=()),  # not equivariant: a reference for the strict method
     "vn-pointnet": _vectors(VNPointNet, "VNBlock"),
     "vn-dgcnn": _vectors(VNDGCNN, "VNBlock"),
@@ -123,6 +143,8 @@ MODELS = {
         proper=True,
     ),
     "vector": _vectors(VectorNet, "VectorLayer"),
+    # no irreps: they are those of all rotations, and about the axis alone more maps are equivariant
+    "vector-axis": ModelEntry(build=VectorAxisNet, layers=("VectorLayer",)),
 }
 MODELS |= plugins.load("models", MODELS)
 """Name -> `ModelEntry`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.models.vn import VNLeakyReLU, VNLinear
@@ -67,7 +68,46 @@ class VectorNet(nn.Module):
         batch: Tensor | None = None,
     ) -> Tensor:
         """Map the vectors ``pos``, shape (graphs · vectors, 3), to vectors of the same shape; all else is ignored."""
-        x = pos.view(-1, self.vectors, 3)
+        x = self.read(pos, vel)
         for layer in self.layers:
             x = layer(x)
         return self.readout(x).flatten(0, 1)
+
+    def read(self, pos: Tensor, vel: Tensor | None) -> Tensor:
+        """Return what the first layer reads, shape (graphs, channels, 3)."""
+        del vel
+        return pos.view(-1, self.vectors, 3)
+
+
+class VectorAxisNet(VectorNet):
+    """The same with an axis as one more input vector, of length 1.
+
+    For one axis it is equivariant to the rotations about it and the mirrors that contain it, and to no other rotation.
+    The axis comes as ``vel``, alike in all rows of a graph; without, it is z.
+
+    Args:
+        node_features: Not used; the other models' first argument.
+        edge_features: Not used.
+        vectors: Vectors of a graph.
+        width: Vectors inside the network.
+        layers: Number of layers.
+
+    Example:
+        >>> model, pos = VectorAxisNet(0, 0, vectors=4), torch.randn(8, 3)
+        >>> for name, mirror in (("y", torch.tensor([1.0, -1, 1])), ("z", torch.tensor([1.0, 1, -1]))):
+        ...     print(name, bool(torch.allclose(model(pos * mirror), model(pos) * mirror, atol=1e-5)))
+        y True
+        z False
+    """
+
+    def __init__(
+        self, node_features: int, edge_features: int, vectors: int = 4, width: int = 16, layers: int = 3
+    ) -> None:
+        super().__init__(node_features, edge_features, vectors, width, layers)
+        self.layers[0] = VectorLayer(vectors + 1, width)
+
+    def read(self, pos: Tensor, vel: Tensor | None) -> Tensor:
+        """Return the vectors and, after them, the axis, shape (graphs, vectors + 1, 3)."""
+        x = super().read(pos, vel)
+        axis = x.new_tensor([0.0, 0.0, 1.0]).expand_as(x) if vel is None else vel.to(x).view_as(x)
+        return torch.cat((x, axis[:, :1]), 1)

@@ -61,6 +61,7 @@ def compile_in_place(model: nn.Module, mode: str = "default") -> None:
         mode: That of ``torch.compile``; ``reduce-overhead`` records CUDA graphs on a GPU.
     """
     torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # the backward pass is compiled at once, too
     model.compile(mode=mode)
 
 

@@ -11,7 +11,7 @@ from benchmarks.data import explain_file, explain_motion, find_file, find_motion
 from benchmarks.molecules import md_available, qm9_available
 from benchmarks.tasks import rotmnist, smoke
 from benchmarks.tasks.base import Batch, Task
-from benchmarks.tasks.broken import Broken
+from benchmarks.tasks.broken import Broken, BrokenSO2
 from benchmarks.tasks.gravity import Gravity
 from benchmarks.tasks.md import MolecularDynamics
 from benchmarks.tasks.mocap import SUBJECTS, MotionCapture
@@ -47,6 +47,7 @@ def _file_available(relative: str, how: str) -> tuple[bool, str]:
 
 TASKS = {
     "broken": TaskEntry(Broken, ("vector",)),
+    "broken-so2": TaskEntry(BrokenSO2, ("vector-axis",)),
     "nbody": TaskEntry(NBody, ("egnn", "segnn")),
     "nbody-iso": TaskEntry(partial(NBody, clip="norm"), ("egnn", "segnn")),
     "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn")),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ace.errors import ConfigError
-from ace.groups import O3, _frame
-from benchmarks.models.vector import VectorNet
+from ace.groups import O3, SO2, _frame
+from benchmarks.models.vector import VectorAxisNet, VectorNet
 from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks.base import Dynamics, Samples
 
@@ -54,6 +54,7 @@ class Broken(Dynamics):
             that is no direction.
     """
 
+    name = "broken"
     input_types: ClassVar[dict[str, str]] = {**Dynamics.input_types, "pos": "vector"}
     output_type: ClassVar[str] = "vector"
 
@@ -80,13 +81,12 @@ class Broken(Dynamics):
         if not 0 < math.hypot(*axis) < math.inf:
             wrong.append(f"axis={axis}: is no direction")
         if wrong:
-            raise ConfigError("broken task: " + "; ".join(wrong))
-        self.name = "broken"
+            raise ConfigError(f"{self.name} task: " + "; ".join(wrong))
         self.group = O3()
         with torch.random.fork_rng(devices=[]):
             # a seed of its own: with that of the data, a model of the same seed would start as the teacher
             torch.manual_seed(derived_seed(seed, Use.TEACHER))
-            self.teacher = VectorNet(0, 0, vectors=VECTORS, layers=LAYERS)
+            self.teacher = self.untaught()
             amplitude = torch.randn(self.teacher.layers[0].channels_out, 1)
             self.kind = kind
             self.frame = _frame(axis).float()  # columns, the axis last
@@ -97,12 +97,21 @@ class Broken(Dynamics):
             for name, size in sizes.items():
                 x = torch.randn(size, VECTORS, 3) + uneven * self.frame[:, 2]
                 y = self.clean(x)
-                splits[name] = _samples(x, y + noise * torch.randn_like(y))
+                splits[name] = _samples(x, self.beside(x), y + noise * torch.randn_like(y))
         super().__init__(torch.empty(2, 0, dtype=torch.long), splits)
+
+    def untaught(self) -> VectorNet:
+        """Return a network of the teacher's kind, with random weights."""
+        return VectorNet(0, 0, vectors=VECTORS, layers=LAYERS)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Return the input ``vel`` for inputs of shape (S, vectors, 3): nothing."""
+        return torch.zeros_like(x)
 
     @torch.no_grad()
     def clean(self, x: Tensor) -> Tensor:
         """Return the targets without noise for inputs of shape (S, vectors, 3)."""
+        x = self.teacher.read(x.flatten(0, 1), self.beside(x).flatten(0, 1))
         for depth, layer in enumerate(self.teacher.layers):
             x = layer(x)
             if depth == self.layer:
@@ -121,5 +130,61 @@ class Broken(Dynamics):
         return self.amplitude * (along**3 / along.square().sum(-1, keepdim=True)) @ self.frame.T
 
 
-def _samples(x: Tensor, y: Tensor) -> Samples:
-    return Samples(x, torch.zeros_like(x), x.new_zeros(*x.shape[:2], 0), x.new_zeros(len(x), 0, 0), y)
+class BrokenSO2(Broken):
+    r"""The same about an axis, which teacher and model are given; a direction across it breaks their symmetry.
+
+    With s = 0 the data have the symmetry of the model: rotations about the axis, and mirrors that contain it. Otherwise
+    the teacher adds :math:`s\,a_c\,\hat n` after layer k, with n across the axis, and the mirror that contains both is
+    all that is kept.
+
+    Args:
+        strength: Strength s of the break.
+        layer: Depth k at which it happens, from 0.
+        noise: Standard deviation of the noise on the targets.
+        train: Number of training samples.
+        valid: Number of validation samples.
+        test: Number of test samples.
+        seed: Seed of teacher and data.
+        axis: Direction of the axis, any length.
+        across: Direction n of the break, perpendicular to the axis, any length.
+
+    Raises:
+        ConfigError: A size below 1, a negative strength or noise, a layer that does not exist, or directions that are
+            none or not perpendicular.
+    """
+
+    name = "broken-so2"
+    # ``vel`` is the axis. By that name `ace.relax` knows it for a vector and turns it with the others to see what in a
+    # layer is one; the group of the task leaves it where it is.
+    input_types: ClassVar[dict[str, str]] = {**Broken.input_types, "vel": "invariant"}
+
+    def __init__(
+        self,
+        strength: float = 0.3,
+        layer: int = 0,
+        noise: float = 0.05,
+        train: int = 4000,
+        valid: int = 2000,
+        test: int = 2000,
+        seed: int = 0,
+        axis: tuple[float, float, float] = (0.0, 0.0, 1.0),
+        across: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    ) -> None:
+        lengths = math.hypot(*axis) * math.hypot(*across)
+        along = abs(sum(a * b for a, b in zip(axis, across, strict=True)))
+        if not 0 < lengths < math.inf or along > 1e-6 * lengths:
+            raise ConfigError(f"{self.name} task: axis={axis}, across={across}: are no perpendicular directions")
+        self.axis = _frame(axis)[:, 2]  # float64: rounded to float32 it would not be the axis of the group
+        super().__init__(strength, layer, noise, train, valid, test, seed, axis=across)
+        self.group = SO2(axis)
+
+    def untaught(self) -> VectorNet:  # noqa: D102
+        return VectorAxisNet(0, 0, vectors=VECTORS, layers=LAYERS)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Return the input ``vel``: the axis, for each vector of the inputs."""
+        return self.axis.expand_as(x)
+
+
+def _samples(x: Tensor, beside: Tensor, y: Tensor) -> Samples:
+    return Samples(x, beside, x.new_zeros(*x.shape[:2], 0), x.new_zeros(len(x), 0, 0), y)

