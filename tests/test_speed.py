@@ -128,6 +128,26 @@ def test_runs_of_a_second_folder_join_those_of_the_first(tmp_path, monkeypatch):
     assert by_method(rows)["runs"].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("errors", "step_time", "equal"),
+    [
+        ({10: 0.9, 20: 0.25}, 0.5, 0.5),
+        ({10: 0.9, 20: 0.25}, 0.6, 1.8),  # 16 steps in the time of strict training
+        ({10: 0.4, 20: 0.45}, 0.5, 0.8),  # the best of those that could be shipped
+        ({20: 0.25}, 0.6, None),  # scheduled to its end, or to its tolerance, too late
+    ],
+)
+def test_error_in_the_time_of_strict_training(errors, step_time, equal):
+    rows = [
+        {"task": "t", "model": "m", "method": "strict", "seed": 0, "errors": {10: 0.7, 20: 0.5}, "seconds": 0.5},
+        {"task": "t", "model": "m", "method": "ace", "seed": 0, "errors": errors, "seconds": step_time},
+    ]
+    found = time_to_accuracy(pd.DataFrame([row | {"errors": pd.Series(row["errors"])} for row in rows]))
+    strict, ace_ = found.set_index("method")["equal"][["strict", "ace"]]
+    assert strict == 1
+    assert ace_ == pytest.approx(equal) if equal is not None else pd.isna(ace_)
+
+
 @pytest.mark.parametrize(("errors", "reached", "seconds"), [([0.9, 0.4], 1, 10.0), ([0.9, 0.6], 0, None)])
 def test_time_to_the_error_where_strict_ended(errors, reached, seconds):
     rows = [

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.speed.accuracy FOLDER``: processor seconds to the strict model's last validation error.
+"""``python -m benchmarks.speed.accuracy FOLDER``: processor seconds to an error, and the error at equal seconds.
 
 Read from the runs that a suite wrote. For each task, model and seed, the error to reach is that of the strict run at
 its last evaluation; a run has reached it at the first evaluation at which it has a model to ship that is as good: one
-that keeps its tolerance, or whose schedule has come to its end.
+that keeps its tolerance, or whose schedule has come to its end. The error at equal seconds is the lowest that such a
+model had by the time that strict training took.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from ace.comparison import OPTION, by_setting, case_names
 from ace.errors import AceError
 from ace.history import replace_file
 from ace.results import IDENTITY
-from ace.tables import layout
+from ace.tables import layout, wide_table
 from benchmarks.methods import METHODS
+
+MEASURED = ("seconds", "equal")
 
 
 def runs(folder: Path) -> pd.DataFrame:
@@ -49,27 +52,32 @@ def runs(folder: Path) -> pd.DataFrame:
 
 
 def time_to_accuracy(found: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each run, in how many processor seconds it got where strict training ended.
+    """Return, for each run, in how many processor seconds it got where strict training ended, and how far in as many.
 
     Args:
         found: What ``runs`` returned.
 
     Returns:
-        Task, model, the options that were swept, ``method``, ``seed`` and ``seconds``, missing where it did not get
-        there. Runs without a strict one of the same task, model and seed are left out.
+        Task, model, the options that were swept, ``method``, ``seed``; ``seconds``, missing where it did not get there;
+        and ``equal``, the lowest validation error in the processor time that strict training took, relative to the
+        lowest of strict training, missing where there was no model to ship yet. Runs without a strict one of the same
+        task, model and seed are left out.
     """
     named, conditions = by_setting(found)
     run = ["task", "model", *conditions, "seed"]
-    strict = named[named["method"] == "strict"].set_index(run)["errors"]
-    targets = {key: errors.iloc[-1] for key, errors in strict.items()}
+    strict = named[named["method"] == "strict"].set_index(run)[["errors", "seconds"]]
+    references = {key: (errors, errors.index[-1] * seconds) for key, errors, seconds in strict.itertuples()}
     rows = []
     for row in named.to_dict("records"):
         key = tuple(row[name] for name in run)
-        if key in targets:
-            steps = row["errors"].index[row["errors"] <= targets[key]]
+        if key in references:
+            errors, (aim, time) = row["errors"], references[key]
+            steps = errors.index[errors <= aim.iloc[-1]]
             seconds = steps[0] * row["seconds"] if len(steps) else math.nan
-            rows.append(dict(zip(run, key, strict=True)) | {"method": row["method"], "seconds": seconds})
-    return pd.DataFrame(rows, columns=[*run[:-1], "method", "seed", "seconds"])
+            equal = errors[errors.index * row["seconds"] <= time].min() / aim.min()
+            identity = dict(zip(run, key, strict=True)) | {"method": row["method"]}
+            rows.append(identity | {"seconds": seconds, "equal": equal})
+    return pd.DataFrame(rows, columns=[*run[:-1], "method", "seed", *MEASURED])
 
 
 def by_method(times: pd.DataFrame) -> pd.DataFrame:
@@ -131,13 +139,20 @@ def _cell(row: pd.Series[Any], reference: float) -> str:
     return text if row["reached"] in (0, row["runs"]) else f"{text} ({row['reached']} of {row['runs']})"
 
 
+def _in_order(times: pd.DataFrame) -> pd.DataFrame:
+    """Rows by task and model in order of appearance, methods in the order of the benchmarks."""
+    order = {name: list(times[name].unique()) for name in ("task", "model")} | {"method": list(METHODS)}
+    places = pd.DataFrame({name: pd.Categorical(times[name], values) for name, values in order.items()}, times.index)
+    return times.loc[places.sort_values(list(order), kind="stable").index]
+
+
 def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.accuracy", description=__doc__)
     parser.add_argument(
         "folder", type=Path, nargs="?", help="results of a suite; without it the table is made of --out's CSV"
     )
-    parser.add_argument("--out", type=Path, help="folder for accuracy.csv, to which runs are added, and accuracy.md")
+    parser.add_argument("--out", type=Path, help="folder for accuracy.csv, to which runs are added, and its two tables")
     options = parser.parse_args()
     if options.folder is None and options.out is None:
         parser.error("name the results of a suite, a folder that has an accuracy.csv (--out), or both")
@@ -147,10 +162,11 @@ def main() -> None:
     if not parts:
         parser.error(f"{path} does not exist: name the results of a suite")
     times = pd.concat(parts)  # runs of other folders stay
-    times = times.drop_duplicates(list(times.columns[:-1]), keep="last")
+    times = times.drop_duplicates([name for name in times if name not in MEASURED], keep="last")
     if path is not None:
         replace_file(path, times.to_csv(index=False, float_format="%.7g").encode())
         replace_file(options.out / "accuracy.md", wide(by_method(times)).encode())
+        replace_file(options.out / "accuracy-equal.md", wide_table(_in_order(times), "equal").encode())
     print(by_method(times).to_string(index=False, float_format="{:.3g}".format))
 
 
