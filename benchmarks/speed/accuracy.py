@@ -161,7 +161,7 @@ def main() -> None:
     parts += [] if options.folder is None else [time_to_accuracy(runs(options.folder))]
     if not parts:
         parser.error(f"{path} does not exist: name the results of a suite")
-    times = pd.concat(parts)  # runs of other folders stay
+    times = pd.concat(parts, ignore_index=True)  # runs of other folders stay
     times = times.drop_duplicates([name for name in times if name not in MEASURED], keep="last")
     if path is not None:
         replace_file(path, times.to_csv(index=False, float_format="%.7g").encode())
