@@ -18,7 +18,10 @@ from benchmarks.models import MODELS
 from benchmarks.tasks import TASKS
 from benchmarks.train import build_model, build_task
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [
+    pytest.mark.usefixtures("cache"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # e3nn's, where a model is copied
+]
 
 PAIRS = [
     (task, model)
