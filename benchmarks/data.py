@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ace.errors import DataError
+from ace.history import replace_file
 
 ORIGIN = "https://raw.githubusercontent.com/andreimano/ACE/8d6d2ad0183f377ac2115ab268ce087c9ac79984"
 """Repository (MIT licence) and commit that the running motions are downloaded from."""
@@ -99,8 +100,8 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     # The checksum first: a file whose checksum is missing is refused, a lone checksum is not.
-    _write(checksum_file(path), checksum(arrays).encode())
-    _write(path, content.getvalue())
+    replace_file(checksum_file(path), checksum(arrays).encode())
+    replace_file(path, content.getvalue())
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -349,15 +350,3 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, AttributeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error!r}): it was truncated or altered. Replace it.") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

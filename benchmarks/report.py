@@ -196,13 +196,19 @@ def _setting(runs: pd.DataFrame) -> str:
 
 
 def _draw(frame: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
-    """Draw the validation curves of what some methods ship, and γ by layer for the constrained ones (first seed)."""
+    """Draw the validation curves of what some methods ship, and γ by layer for the constrained ones (first seed).
+
+    A folder with none of these methods leaves the figure as it is.
+    """
+    with_terms = (runs["test_shipped"] != runs["test_restored"]).groupby(runs["method"]).any()
+    shipped = frame["method"].astype(str).map(with_terms).map({True: "valid_relaxed", False: "valid_restored"})
+    curves = frame[frame["method"].isin(CURVES) & (frame["quantity"].astype(str) == shipped)]
+    if curves.empty:
+        return
     methods = [method for method in TRAJECTORIES if method in set(frame["method"])]
     figure = Figure(figsize=(4.2 * (1 + len(methods)), 3.4), layout="constrained", dpi=110)
     first, *others = figure.subplots(1, 1 + len(methods), squeeze=False)[0]
-    with_terms = (runs["test_shipped"] != runs["test_restored"]).groupby(runs["method"]).any()
-    shipped = frame["method"].map(with_terms).map({True: "valid_relaxed", False: "valid_restored"})
-    plotting.plot_learning_curves(frame[frame["method"].isin(CURVES) & (frame["quantity"] == shipped)], first)
+    plotting.plot_learning_curves(curves, first)
     if (key := first.get_legend()) is not None:  # beside the curves, which fill the axes
         key.set_loc("center left")
         key.set_bbox_to_anchor((1.0, 0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from server import serving
 
-from ace.errors import DataError
+from ace.errors import DataError, NotWritten
 from benchmarks import data
 from benchmarks.data import MOTION_ARRAYS, MOTION_FILES, checksum
 
@@ -256,10 +257,10 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def fail(*arguments):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(NotWritten, match="No space left"):
         data.save_arrays(path, {"a": np.ones(3)})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -90,6 +90,20 @@ def test_a_run_replaces_the_same_one_of_an_earlier_folder(suite, tmp_path):
         gather(tmp_path / "other.csv", None)
 
 
+def test_a_folder_of_one_method_joins_the_others(suite, tmp_path):
+    """With its curves, if they are among those drawn; else the figure stays as it is."""
+    main(["plain", str(tmp_path), "--runs", str(suite / "plain" / "nbody-egnn" / "strict")])
+    figure = tmp_path / "plain-nbody-egnn.png"
+    before = figure.read_bytes()
+    config = tiny("method=projection", "seed=0")
+    run(config, tmp_path / "more" / config.folder)
+    main(["plain", str(tmp_path), "--runs", str(tmp_path / "more")])
+    assert set(gather(tmp_path / "plain.csv", None)["method"]) == {"strict", "projection"}
+    assert figure.read_bytes() == before
+    main(["plain", str(tmp_path), "--runs", str(suite / "plain" / "nbody-egnn" / "ace")])
+    assert figure.read_bytes() != before
+
+
 def test_a_folder_without_the_option_that_was_swept_leaves_the_settings_apart(tmp_path):
     """Runs of strict training know nothing of the weights of a penalty."""
     identity = {"task": "nbody", "model": "egnn", "seed": 0, "status": "done"}
