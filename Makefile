@@ -8,7 +8,7 @@ READY := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts hosts lint types docs results bench bench-check clean
+.PHONY: help install demo test test-slow test-processes test-hosts hosts lint types docs results bench bench-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test: $(READY) ## Run the tests and the examples in the docstrings, except the s
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow tests
+
+PROCESSES := distributed parallel_runs ray frameworks
+test-processes: $(READY) ## Run those of the slow tests that start several processes, or nodes
+	$(BIN)/python -m pytest -n 2 -m slow $(PROCESSES:%=tests/test_%.py)
 
 # Libraries that exclude one another have environments of their own: tests/hosts/environments/NAME.txt is installed into
 # .venvs/NAME, then ace, then what must come without its own requirements; the file says why.
