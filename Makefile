@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help install demo test test-slow test-processes test-hosts hosts lint types docs results bench bench-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY) ## Create .venv and install the package with all extras, versions pinned by constraints.txt
 
