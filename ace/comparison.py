@@ -258,9 +258,8 @@ def moderated(variances: NDArray[np.float64], freedom: float) -> tuple[NDArray[n
     half = _inverse_trigamma(excess)
     center = logs.mean() - digamma(freedom / 2) + math.log(freedom / 2) + digamma(half) - math.log(half)
     prior = 2 * half
-    return (prior * math.exp(center) + freedom * variances) / (prior + freedom), min(
-        prior, (count - 1) * freedom
-    ) + freedom
+    drawn = (prior * math.exp(center) + freedom * variances) / (prior + freedom)
+    return drawn, min(prior, (count - 1) * freedom) + freedom
 
 
 def _inverse_trigamma(value: float) -> float:

@@ -114,10 +114,16 @@ def gather(path: Path, folder: Path | None) -> pd.DataFrame:
     runs = runs.drop_duplicates("config_hash", keep="last")
     for option in [column for column in runs if column.startswith(OPTION)]:
         runs[option] = _alike(runs[option])
+    return in_order(runs)
+
+
+def in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """Sort by task and model in order of appearance, method in the order of the benchmarks, and seed."""
+    runs = runs.reset_index(drop=True)
     orders = {column: list(runs[column].unique()) for column in ("task", "model")} | {"method": list(METHODS)}
     by_place = {column: pd.Categorical(runs[column], values) for column, values in orders.items()}
-    in_order = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index
-    return runs.loc[in_order].reset_index(drop=True)
+    places = runs.assign(**by_place).sort_values(list(IDENTITY), kind="stable").index
+    return runs.loc[places].reset_index(drop=True)
 
 
 def _alike(values: pd.Series) -> pd.Series:

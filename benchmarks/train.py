@@ -37,6 +37,7 @@ from ace.history import replace_file
 from ace.probing import evaluating
 from ace.symmetry import Watch
 from benchmarks import processes
+from benchmarks.compiling import compile_in_place
 from benchmarks.config import RunConfig, load_run
 from benchmarks.locks import locked
 from benchmarks.methods import METHODS, Method
@@ -252,10 +253,7 @@ class _Training:
         self.history.truncate(self.step)
         self.started = time.perf_counter() - self.seconds["all"]
         if config.compile:
-            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-            with suppress(AttributeError):  # older versions find out in the backward pass, too late for that
-                torch._functorch.config.force_non_lazy_backward_lowering = True
-            self.method.model.compile()
+            compile_in_place(self.method.model)
 
     def run(self, progress: Progress | None) -> dict[str, Any]:
         """Take the remaining steps, then measure what is shipped."""

@@ -50,12 +50,16 @@ class VectorNet(nn.Module):
         torch.Size([8, 3])
     """
 
+    further = 0
+    """Vectors that the first layer reads beside those of the graph."""
+
     def __init__(
         self, node_features: int, edge_features: int, vectors: int = 4, width: int = 16, layers: int = 3
     ) -> None:
         super().__init__()
         self.vectors = vectors
-        self.layers = nn.ModuleList(VectorLayer(a, b) for a, b in pairwise([vectors, *[width] * layers]))
+        widths = [vectors + self.further, *[width] * layers]
+        self.layers = nn.ModuleList(VectorLayer(a, b) for a, b in pairwise(widths))
         self.readout = VNLinear(width, vectors)
 
     def forward(
@@ -83,14 +87,7 @@ class VectorAxisNet(VectorNet):
     """The same with an axis as one more input vector, of length 1.
 
     For one axis it is equivariant to the rotations about it and the mirrors that contain it, and to no other rotation.
-    The axis comes as ``vel``, alike in all rows of a graph; without, it is z.
-
-    Args:
-        node_features: Not used; the other models' first argument.
-        edge_features: Not used.
-        vectors: Vectors of a graph.
-        width: Vectors inside the network.
-        layers: Number of layers.
+    The axis comes as ``vel``, alike in all rows of a graph; without, it is z. It is built as ``VectorNet`` is.
 
     Example:
         >>> model, pos = VectorAxisNet(0, 0, vectors=4), torch.randn(8, 3)
@@ -100,11 +97,7 @@ class VectorAxisNet(VectorNet):
         z False
     """
 
-    def __init__(
-        self, node_features: int, edge_features: int, vectors: int = 4, width: int = 16, layers: int = 3
-    ) -> None:
-        super().__init__(node_features, edge_features, vectors, width, layers)
-        self.layers[0] = VectorLayer(vectors + 1, width)
+    further = 1
 
     def read(self, pos: Tensor, vel: Tensor | None) -> Tensor:
         """Return the vectors and, after them, the axis, shape (graphs, vectors + 1, 3)."""

@@ -23,6 +23,7 @@ from ace.history import replace_file
 from ace.results import IDENTITY
 from ace.tables import layout, wide_table
 from benchmarks.methods import METHODS
+from benchmarks.report import in_order
 
 MEASURED = ("seconds", "equal")
 
@@ -139,13 +140,6 @@ def _cell(row: pd.Series[Any], reference: float) -> str:
     return text if row["reached"] in (0, row["runs"]) else f"{text} ({row['reached']} of {row['runs']})"
 
 
-def _in_order(times: pd.DataFrame) -> pd.DataFrame:
-    """Rows by task and model in order of appearance, methods in the order of the benchmarks."""
-    order = {name: list(times[name].unique()) for name in ("task", "model")} | {"method": list(METHODS)}
-    places = pd.DataFrame({name: pd.Categorical(times[name], values) for name, values in order.items()}, times.index)
-    return times.loc[places.sort_values(list(order), kind="stable").index]
-
-
 def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.accuracy", description=__doc__)
@@ -166,7 +160,7 @@ def main() -> None:
     if path is not None:
         replace_file(path, times.to_csv(index=False, float_format="%.7g").encode())
         replace_file(options.out / "accuracy.md", wide(by_method(times)).encode())
-        replace_file(options.out / "accuracy-equal.md", wide_table(_in_order(times), "equal").encode())
+        replace_file(options.out / "accuracy-equal.md", wide_table(in_order(times), "equal").encode())
     print(by_method(times).to_string(index=False, float_format="{:.3g}".format))
 
 

@@ -14,10 +14,11 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
+from benchmarks.compiling import compile_in_place
 from benchmarks.models.graphs import centroid, mean_by_target, sum_by_target
 from benchmarks.models.segnn import ATTRIBUTE, SEGNN, AttributeProduct, EdgeTensorProduct, SEGNNLayer, irreps
 from benchmarks.speed.models import nbody_batch
-from benchmarks.speed.timing import compile_in_place, interleaved, spread
+from benchmarks.speed.timing import interleaved, spread
 
 TIMES = "times as fast"
 COMPILED = f"compiled, {TIMES}"

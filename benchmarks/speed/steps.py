@@ -20,8 +20,9 @@ import ace
 from ace.calls import call, map_tensors
 from ace.errors import ConstraintNotMet
 from ace.probing import default_dtype
+from benchmarks.compiling import compile_in_place
 from benchmarks.speed.models import SUBJECTS, Subject
-from benchmarks.speed.timing import compile_in_place, interleaved, peak_memory, spread
+from benchmarks.speed.timing import interleaved, peak_memory, spread
 
 LIBRARY = {"mace": "mace-torch", "nequip": "nequip", "schnet": "torch-geometric", "c4-cnn": "escnn"}
 RATIOS = ("relaxed", "retired", "restored")

@@ -9,8 +9,6 @@ from itertools import accumulate
 
 import pandas as pd
 import torch
-import torch._dynamo
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -51,18 +49,6 @@ def interleaved(
     finally:
         gc.enable()
     return pd.DataFrame(rows, columns=list(functions))
-
-
-def compile_in_place(model: nn.Module, mode: str = "default") -> None:
-    """Let a model run through ``torch.compile``; what cannot be compiled, or where there is no compiler, runs as it is.
-
-    Args:
-        model: Any model.
-        mode: That of ``torch.compile``; ``reduce-overhead`` records CUDA graphs on a GPU.
-    """
-    torch._dynamo.config.suppress_errors = True
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # the backward pass is compiled at once, too
-    model.compile(mode=mode)
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:

@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.ndimage import rotate
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -138,6 +137,8 @@ def turned(classes: list[np.ndarray]) -> dict[str, np.ndarray]:
         >>> bool((arrays["image"][:, 14, 14] == 255 * (1 - arrays["label"])).all()), arrays["split"].tolist()
         (True, [0, 0, 0, 0, 0, 0, 0, 0, 1, 2])
     """
+    from scipy.ndimage import rotate  # half a second, which no run needs
+
     image = np.concatenate(classes)
     label = np.repeat(np.arange(len(classes)), [len(images) for images in classes]).astype(np.uint8)
     generator = np.random.default_rng(20250531)
