@@ -78,8 +78,7 @@ def _obstacle(method_name: str, model_name: str) -> str:
     method, model = METHODS[method_name], MODELS[model_name]
     if method.relaxes and not model.layers:
         return f"it relaxes layers, and {model_name!r} has none to relax"
-    by_turns = method.by_turns and model.turns is not None
-    if method.by_irreps and model.read_types is None and not by_turns:
+    if method.by_types and model.read_types is None and model.turns is None:
         return "it regularises maps between e3nn irreps, which the features of its layers are not"
     return ""
 

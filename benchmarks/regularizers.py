@@ -57,8 +57,12 @@ class LieRegularizer:
             self._terms.append((dense, seen, into, out))
             dense.register_forward_pre_hook(partial(_remember, seen))
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """Return the two roots for the inputs seen since the last call, of all processes; tensors without axes."""
+    def parts(self, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the two roots for the inputs seen since the last call, of all processes; tensors without axes.
+
+        Args:
+            copies: How many processes saw the same inputs, which then count once.
+        """
         derivatives, norms = [], []
         for dense, seen, into, out in self._terms:
             x = torch.cat(seen)
@@ -68,8 +72,57 @@ class LieRegularizer:
             derivative = x @ (into @ weight - weight @ out) - (bias @ out)[:, None]
             derivatives.append(derivative.square().sum())
             norms.append((x @ weight + bias).square().sum())
-        derivative, norm = total(torch.stack((torch.stack(derivatives).sum(), torch.stack(norms).sum())))
+        derivative, norm = total(torch.stack((torch.stack(derivatives).sum(), torch.stack(norms).sum()))) / copies
         return _root(derivative), _root(norm)
+
+
+class TurnRegularizer:
+    r"""The regulariser of Pertigkiozoglou et al. (NeurIPS 2024) for convolutions, where the group is finite.
+
+    Their form for images: an element of the group in place of generators, the weights in place of their outputs,
+
+    .. math::
+
+        r = \sum_l \| W_l - g W_l \| + \sum_l \| W_l \|, \qquad
+        (g W)(\Delta) = \rho^\mathrm{out}(g)\, W(g^{-1} \Delta)\, \rho^\mathrm{in}(g)^{-1}
+
+    W the kernel, a matrix for each pixel Δ, and its bias, g the smallest quarter turn of the group. As g generates the
+    quarter turns, the first part is 0 exactly where the convolution is equivariant to them.
+
+    Args:
+        relaxed: A relaxed model whose terms are linear maps of patches.
+        turns: Layer -> number of quarter turns, counterclockwise -> the orthogonal matrices of the turn on the channels
+            that are read and on those that are written.
+
+    Example:
+        >>> relaxed = ace.relax(nn.Linear(9, 1), layers=nn.Linear, example=torch.ones(1, 9))  # one patch of 3 × 3
+        >>> scalars = {number: ([[1.0]], [[1.0]]) for number in range(4)}
+        >>> regularizer = TurnRegularizer(relaxed, lambda layer: scalars)
+        >>> dense = relaxed.relaxation.term.map
+        >>> _ = nn.init.ones_(dense.weight), nn.init.zeros_(dense.bias)
+        >>> difference, norm = regularizer.parts()
+        >>> difference.item() < 1e-6, norm.item()
+        (True, 3.0)
+    """
+
+    def __init__(self, relaxed: nn.Module, turns: Callable[[Any], Mapping[int, tuple[Any, Any]]]) -> None:
+        self._terms: list[tuple[nn.Module, int, tuple[Tensor, Tensor]]] = []
+        for path, relaxation in ace.relaxations(relaxed).items():
+            group, (weight, _) = turns(relaxed.get_submodule(path)), _affine(relaxation.term)
+            number = min(filter(None, group), default=0)
+            self._terms.append((relaxation.term, number, _matrices_of_turn(group[number], weight)))
+
+    def parts(self, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the two sums; tensors without axes. They do not depend on inputs, nor on how many ``copies`` read."""
+        del copies
+        differences, norms = [], []
+        for term, number, (into, out) in self._terms:
+            weight, bias = _affine(term)
+            kernel = _kernel(weight, len(into))
+            turned = _turned(number, into, out, kernel, bias)
+            differences.append(_root((kernel - turned[0]).square().sum() + (bias - turned[1]).square().sum()))
+            norms.append(_root(kernel.square().sum() + bias.square().sum()))
+        return torch.stack(differences).sum(), torch.stack(norms).sum()
 
 
 class ProjectionRegularizer:
@@ -195,23 +248,33 @@ def on_pixels(turns: Mapping[int, tuple[Any, Any]], weight: Tensor) -> Projectio
         >>> on_pixels(turns, weight)(weight, torch.ones(1))
         (tensor([[4., 4., 4., 4., 4., 4., 4., 4., 4.]]), tensor([1.]))
     """
-    halves = [number for number in (2, 1) if number in turns]
-    matrices = {number: [torch.as_tensor(matrix).to(weight) for matrix in turns[number]] for number in halves}
+    halves = [(number, *_matrices_of_turn(turns[number], weight)) for number in (2, 1) if number in turns]
     channels = len(turns[0][0])
-    side = math.isqrt(weight.shape[1] // channels)
-
-    def turned(number: int, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        into, out = matrices[number]
-        moved = into @ (out @ kernel.flatten(1)).unflatten(1, (channels, -1))
-        return moved.unflatten(-1, (side, side)).rot90(number, (-2, -1)), out @ bias
 
     def projected(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        kept = weight.unflatten(1, (channels, side, side)), bias
-        for number in halves:  # with r a quarter turn, 1 + r + r² + r³ = (1 + r)(1 + r²)
-            kept = tuple((one + other) / 2 for one, other in zip(kept, turned(number, *kept), strict=True))
+        kept = _kernel(weight, channels), bias
+        for turn in halves:  # with r a quarter turn, 1 + r + r² + r³ = (1 + r)(1 + r²)
+            kept = tuple((one + other) / 2 for one, other in zip(kept, _turned(*turn, *kept), strict=True))
         return kept[0].flatten(1), kept[1]
 
     return projected
+
+
+def _matrices_of_turn(matrices: tuple[Any, Any], weight: Tensor) -> tuple[Tensor, Tensor]:
+    into, out = (torch.as_tensor(matrix).to(weight) for matrix in matrices)
+    return into, out
+
+
+def _kernel(weight: Tensor, channels: int) -> Tensor:
+    """The map of a square patch as a kernel, shape (out, in, rows, columns)."""
+    side = math.isqrt(weight.shape[1] // channels)
+    return weight.unflatten(1, (channels, side, side))
+
+
+def _turned(number: int, into: Tensor, out: Tensor, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a kernel with its channels."""
+    moved = into @ (out @ kernel.flatten(1)).unflatten(1, (len(into), -1))
+    return moved.unflatten(-1, kernel.shape[-2:]).rot90(number, (-2, -1)), out @ bias
 
 
 def project(weight: Tensor, reads: o3.Irreps, writes: o3.Irreps) -> Tensor:

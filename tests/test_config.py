@@ -258,7 +258,11 @@ def test_methods_that_need_irreps_are_refused_where_a_model_has_none(method, mon
 @pytest.mark.parametrize(
     ("task", "words", "message"),
     [
-        ("rotmnist", ["method=cr"], r"command line: method 'cr' does not apply .*; those that do: strict, .*, remul"),
+        (
+            "md",
+            ["method=cr", "model=mace"],
+            r"command line: method 'cr' does not apply .*; those that do: strict, .*, remul",
+        ),
         ("smoke2d", ["model=cnn"], r"command line: .* 'cnn' has none to relax; those that do: strict$"),
         ("nbody", ["model=egno"], r"command line: model 'egno' does not run on nbody \(egnn, segnn do\)$"),
     ],

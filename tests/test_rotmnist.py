@@ -17,10 +17,11 @@ from torch import nn
 
 import ace
 from ace.errors import ConfigError, ConstraintNotMet, DataError
+from ace.terms import matrix_of
 from benchmarks import data, train
 from benchmarks.config import load_run
 from benchmarks.models import MODELS
-from benchmarks.regularizers import ProjectionRegularizer, on_pixels
+from benchmarks.regularizers import ProjectionRegularizer, TurnRegularizer, on_pixels
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.rotmnist import ARRAYS, FILE, Digits, download, turned
 
@@ -287,28 +288,76 @@ def test_the_projection_keeps_the_filters_of_escnn(classifier):
             torch.testing.assert_close(again, once, atol=1e-10, rtol=0)
 
 
+def turned_slowly(layer, element, kernel, bias):
+    """Move the pixels, counted from the centre, upwards, one by one."""
+    into, out = (torch.tensor(fields.representation(element)) for fields in (layer.in_type, layer.out_type))
+    angle = 2 * np.pi * element.value / layer.in_type.fibergroup.order()
+    cos, sin = (round(part(angle)) for part in (np.cos, np.sin))
+    moved = torch.zeros_like(kernel)
+    for x in range(-2, 3):
+        for y in range(-2, 3):
+            to = cos * x - sin * y, sin * x + cos * y
+            moved[:, :, 2 - to[1], 2 + to[0]] = out @ kernel[:, :, 2 - y, 2 + x] @ into.T
+    return moved, out @ bias
+
+
+def quarter_turns(layer):
+    """Those in the group of the fields, the smallest after the identity."""
+    order = layer.in_type.fibergroup.order()
+    return [g for g in layer.in_type.testing_elements if float(4 * g.value / order).is_integer()]
+
+
 @needs_escnn
 @pytest.mark.parametrize("order", [2, 4, 6, 8])
 def test_the_projection_is_the_mean_over_pixels_and_turns(order):
-    """A loop over the turns that are in the group, and the pixels, counted from the centre, upwards."""
     model = MODELS["c8cnn"].build(order=order, fields=1, hidden=4)
     layer = [module for module in model.modules() if type(module).__name__ == "R2Conv"][1]
     weight, bias = torch.randn(2 * order, order * 25, dtype=torch.float64), torch.randn(2 * order, dtype=torch.float64)
-    kernel, expected, expected_bias = weight.unflatten(1, (order, 5, 5)), 0, 0
-    elements = [g for g in layer.in_type.testing_elements if float(4 * g.value / order).is_integer()]
-    for g in elements:
-        into, out = (torch.tensor(fields.representation(g)) for fields in (layer.in_type, layer.out_type))
-        cos, sin = (round(part(2 * np.pi * g.value / order)) for part in (np.cos, np.sin))
-        moved = torch.zeros_like(kernel)
-        for x in range(-2, 3):
-            for y in range(-2, 3):
-                turned = cos * x - sin * y, sin * x + cos * y
-                moved[:, :, 2 - turned[1], 2 + turned[0]] = out @ kernel[:, :, 2 - y, 2 + x] @ into.T
-        expected, expected_bias = expected + moved / len(elements), expected_bias + out @ bias / len(elements)
-    assert len(elements) == (4 if order % 4 == 0 else 2)
-    kept, kept_bias = projection_of(layer, weight)(weight, bias)
-    torch.testing.assert_close(kept, expected.flatten(1))
-    torch.testing.assert_close(kept_bias, expected_bias)
+    all_turned = [turned_slowly(layer, g, weight.unflatten(1, (order, 5, 5)), bias) for g in quarter_turns(layer)]
+    assert len(all_turned) == (4 if order % 4 == 0 else 2)
+    kept = projection_of(layer, weight)(weight, bias)
+    for part, moved in zip(kept, zip(*all_turned, strict=True), strict=True):
+        torch.testing.assert_close(part, sum(moved).view_as(part) / len(moved))
+
+
+@needs_escnn
+@pytest.mark.parametrize("order", [2, 4, 8])
+@pytest.mark.parametrize("fields", [1, 3], ids=["full", "bottleneck"])
+def test_the_price_of_a_quarter_turn_is_that_of_the_turned_kernels(order, fields):
+    model, images = MODELS["c8cnn"].build(order=order, fields=fields, hidden=4), torch.rand(3, 1, 12, 12)
+    ace.relax(model, example=images, layers=lambda path, module: type(module).__name__ == "R2Conv")
+    for relaxation in ace.relaxations(model).values():
+        relaxation.term.double()  # not the layers: escnn has them share what they are made of
+    regularizer = TurnRegularizer(model, MODELS["c8cnn"].turns)
+    differences, norms = 0, 0
+    for path, relaxation in ace.relaxations(model).items():
+        layer, term = model.get_submodule(path), relaxation.term
+        bias = (term.map[-1] if isinstance(term.map, torch.nn.Sequential) else term.map).bias.detach()
+        torch.nn.init.normal_(bias)
+        kernel = matrix_of(term).detach().unflatten(1, (-1, 5, 5))
+        moved, moved_bias = turned_slowly(layer, quarter_turns(layer)[1], kernel, bias)
+        differences += ((kernel - moved).square().sum() + (bias - moved_bias).square().sum()).sqrt()
+        norms += (kernel.square().sum() + bias.square().sum()).sqrt()
+    assert regularizer.parts()[0].item() == pytest.approx(differences.item(), rel=1e-12)
+    assert regularizer.parts(copies=2)[1].item() == pytest.approx(norms.item(), rel=1e-12)
+    sum(regularizer.parts()).backward()
+    assert all(p.grad.isfinite().all() for r in ace.relaxations(model).values() for p in r.term.parameters())
+
+
+@needs_escnn
+def test_equivariant_kernels_have_no_price_of_a_quarter_turn():
+    model, images = MODELS["c8cnn"].build(fields=1, hidden=4), torch.rand(3, 1, 12, 12)
+    ace.relax(model, example=images, layers=lambda path, module: type(module).__name__ == "R2Conv")
+    regularizer = TurnRegularizer(model, MODELS["c8cnn"].turns)
+    assert regularizer.parts()[0] > 1e-2
+    for path, relaxation in ace.relaxations(model).items():
+        dense = relaxation.term.map
+        with torch.no_grad():
+            weight, bias = projection_of(model.get_submodule(path), dense.weight)(dense.weight, dense.bias)
+            dense.weight.copy_(weight)
+            dense.bias.copy_(bias)
+    difference, norm = regularizer.parts()
+    assert difference < 1e-5 < 1e-2 < norm
 
 
 @needs_escnn

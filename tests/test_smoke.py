@@ -298,12 +298,12 @@ def test_the_projection_keeps_the_filters_of_vector_fields():
 @needs_escnn
 @pytest.mark.usefixtures("made_up")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["ace", "ace-tolerance", "projection", "remul"])
+@pytest.mark.parametrize("method", ["ace", "ace-tolerance", "cr", "cr-norm", "projection", "remul"])
 def test_runs_of_the_steerable_network(tmp_path, method):
     words = f"method={method} model.fields=1 model.layers=2 steps=4 batch_size=4 eval_every=2 task.horizon=2"
     summary = train.run(load_run("smoke2d", words.split()), tmp_path)
     assert summary["status"] == "done"
-    assert (summary["equivariance_error_float64"] < 1e-6) == (method == "ace")
+    assert (summary["equivariance_error_float64"] < 1e-6) == (method in {"ace", "cr", "cr-norm"})
 
 
 @pytest.mark.data

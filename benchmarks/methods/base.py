@@ -44,8 +44,7 @@ class Method(ABC):
     Attributes:
         Options: The options ``method.*`` of the configuration, with their defaults.
         relaxes: Whether it adds relaxation terms.
-        by_irreps: Whether it needs the irreps that the model's entry names.
-        by_turns: Whether the quarter turns of a steerable model do as well.
+        by_types: Whether it needs the types of what the layers read and write, irreps or turns, from the model's entry.
         ships_relaxed: Whether the model is shipped with its relaxation terms.
         model: The model in training.
         copies: Number of processes that computed the last loss on the whole batch; 1 where they divided it.
@@ -53,8 +52,7 @@ class Method(ABC):
 
     Options: type[Options] = Relaxing
     relaxes = True
-    by_irreps = False
-    by_turns = False
+    by_types = False
     ships_relaxed = False
 
     def __init__(self, config: RunConfig, model: nn.Module, task: Task) -> None:

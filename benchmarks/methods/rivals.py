@@ -19,7 +19,16 @@ from benchmarks.methods.base import Unconstrained
 from benchmarks.methods.controllers import Controlled, Controller, Schedule
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Relaxing
-from benchmarks.regularizers import GROUP, LieRegularizer, ProjectionRegularizer, Z, not_from, on_irreps, on_pixels
+from benchmarks.regularizers import (
+    GROUP,
+    LieRegularizer,
+    ProjectionRegularizer,
+    TurnRegularizer,
+    Z,
+    not_from,
+    on_irreps,
+    on_pixels,
+)
 from benchmarks.seeds import Use, derived_seed
 from benchmarks.tasks import Batch
 
@@ -83,10 +92,10 @@ class Cr(Scheduled):
     r"""Constraint relaxation (Pertigkiozoglou et al., NeurIPS 2024): γ follows a triangle 0, 1, 0.
 
     At step t of T, :math:`\gamma_t = 1 - |2t/T - 1|` for all layers, which is 0 at the last step, and the
-    objective is J + weight · r with the ``LieRegularizer``'s r.
+    objective is J + weight · r with the ``LieRegularizer``'s r, on pixels with the ``TurnRegularizer``'s.
     """
 
-    by_irreps = True
+    by_types = True
 
     class Options(Options):  # noqa: D106
         weight: float = Field(0.01, ge=0)
@@ -94,21 +103,24 @@ class Cr(Scheduled):
     def setup(self) -> None:  # noqa: D102
         super().setup()
         entry = MODELS[self.config.model.name]
-        self.regularizer = LieRegularizer(self.model, entry.read_types, entry.write_types)
+        if entry.turns is None:
+            self.regularizer = LieRegularizer(self.model, entry.read_types, entry.write_types)
+        else:
+            self.regularizer = TurnRegularizer(self.model, entry.turns)
 
     def strength(self, progress: float) -> float:  # noqa: D102
         return 1 - abs(2 * progress - 1)
 
     def price(self) -> Tensor:  # noqa: D102
-        derivative, norm = self.regularizer.parts()
-        return self.config.method.weight * (derivative + norm) / math.sqrt(self.copies)
+        derivative, norm = self.regularizer.parts(self.copies)
+        return self.config.method.weight * (derivative + norm)
 
 
 class CrNorm(Cr):
     """The control of ``cr``: the same with the norm of the terms' outputs alone, without the Lie derivative."""
 
     def price(self) -> Tensor:  # noqa: D102
-        return self.config.method.weight * self.regularizer.parts()[1] / math.sqrt(self.copies)
+        return self.config.method.weight * self.regularizer.parts(self.copies)[1]
 
 
 class Penalty(Unconstrained):
@@ -148,8 +160,7 @@ class Projection(Unconstrained):
     groups, with the factor of each; without it, it is O(3) alone. On pixels the group is that of the quarter turns.
     """
 
-    by_irreps = True
-    by_turns = True
+    by_types = True
 
     class Options(Options):  # noqa: D106
         weight: float = Field(0.01, ge=0)
