@@ -64,6 +64,7 @@ class ProximalGradient(torch.optim.Optimizer):
         averages[2] = _SMALLEST  # the weight of all gradients so far; positive, so that one can divide by it
         self.state[first] = {"averages": averages}
         self._forget()
+        self._join()  # before a compiled graph or a CUDA graph has seen where γ lies
 
     @property
     def _gammas(self) -> list[Tensor]:
@@ -78,6 +79,7 @@ class ProximalGradient(torch.optim.Optimizer):
         """Drop what is kept from step to step but follows from the state."""
         self._scale: Tensor | None = None
         self._found: list[bool] = []
+        self._places: list[int] = []
         # of ∂J/∂γ_i, of its square and of 1, shape (3, layers); all began at 0
         self._averages: Tensor = self.state[self._gammas[0]]["averages"]
         self._mean, self._mean_square, self._weight_so_far = self._averages
@@ -121,14 +123,37 @@ class ProximalGradient(torch.optim.Optimizer):
         scale = self.scale
         if self.carry:
             self.multiplier.mul_(scale / before)
-        moved = torch.cat(gammas).sub_((gradient / scale).clamp_(-self.clip, self.clip), alpha=lr)
+        if not self._places or [gamma.data_ptr() for gamma in gammas] != self._places:
+            self._join()
+        moved = torch.sub(self._row, (gradient / scale).clamp_(-self.clip, self.clip), alpha=lr)
         threshold = (self.multiplier / scale).mul_(lr)
         if isinstance(self.units, Tensor):
             threshold *= self.units
         # what is left of x once the part within the threshold is taken off
         torch.sub(moved, moved.clamp(-threshold, threshold), out=self._row).clamp_(-self.cap, self.cap)
-        torch._foreach_copy_(gammas, self._pieces)
+        if self._places:
+            torch.autograd.graph.increment_version(gammas)  # a graph that is still to use the old ones must know
+        else:
+            torch._foreach_copy_(gammas, self._row.split(1))
         return self._row
+
+    def _join(self) -> None:
+        """Let every γ lie in the memory of one vector: to write a thousand of them apart costs more than all the rest.
+
+        To be done again where they were moved to another place or given other data. Each keeps a storage of its own,
+        so that it is saved as any parameter is. Of several dtypes, shared with other processes or on a GPU, where one
+        kernel writes them all, they stay where they are.
+        """
+        gammas = self._gammas
+        self._row = torch.cat([gamma.detach() for gamma in gammas])
+        self._places = []
+        if all(gamma.dtype == self._row.dtype and not gamma.is_shared() for gamma in gammas):
+            size, dtype = self._row.element_size(), self._row.dtype
+            memory = bytearray(size * len(gammas))
+            self._row = torch.frombuffer(memory, dtype=dtype).copy_(self._row)
+            for index, gamma in enumerate(gammas):
+                gamma.data = torch.frombuffer(memory, dtype=dtype, count=1, offset=index * size)
+            self._places = [gamma.data_ptr() for gamma in gammas]
 
     def _gradient(self) -> Tensor:
         """Return ∂J/∂γ_i, 0 where there is none: a retired term keeps its averages and λ."""
@@ -147,5 +172,3 @@ class ProximalGradient(torch.optim.Optimizer):
         self._weight = (1 - self.param_groups[0]["decay"]) * reached
         self._now = torch.stack((reached, reached, reached))
         self._first, self._square, _ = self._now
-        self._row = torch.empty_like(reached)
-        self._pieces = list(self._row.split(1))

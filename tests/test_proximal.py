@@ -75,6 +75,75 @@ def test_a_term_that_no_gradient_reaches_keeps_everything():
     torch.testing.assert_close(multiplier[1], 0.5 * optimizer.scale[1] / scale[1])  # carried with the scale
 
 
+def descend(optimizer, gammas, gradients):
+    for gamma, gradient in zip(gammas, gradients, strict=True):
+        gamma.grad = gamma.detach().new_tensor([gradient])
+    optimizer.step()
+    return [gamma.item() for gamma in gammas]
+
+
+def disturbed(gammas, how):
+    """What users do to parameters between two steps."""
+    if how == "moved":
+        for gamma in gammas:
+            gamma.data = gamma.data.clone()
+    elif how == "one replaced":
+        gammas[1].data = torch.full_like(gammas[1], 0.5)
+    elif how == "loaded":
+        nn.ParameterList(gammas).load_state_dict({str(i): torch.full((1,), 0.5 + i / 9) for i in range(3)})
+    elif how == "set":
+        with torch.no_grad():
+            gammas[2].fill_(0.25)
+
+
+@pytest.mark.parametrize("how", ["left", "moved", "one replaced", "loaded", "set"])
+def test_the_common_vector_follows_what_happens_to_the_parameters(how):
+    """As for optimizers of one γ each, which have no vector in common."""
+    gradients = torch.randn(6, 3).tolist()
+    together = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    apart = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    one = ProximalGradient(together, torch.tensor([0.1, 0.2, 0.3]), lr=0.1)
+    each = [ProximalGradient([g], torch.tensor([m]), lr=0.1) for g, m in zip(apart, (0.1, 0.2, 0.3), strict=True)]
+    for row in gradients[:3]:
+        descend(one, together, row)
+        for optimizer, gamma, gradient in zip(each, apart, row, strict=True):
+            descend(optimizer, [gamma], [gradient])
+    for gammas in (together, apart):
+        disturbed(gammas, how)
+    for row in gradients[3:]:
+        found = descend(one, together, row)
+        expected = [descend(o, [g], [x])[0] for o, g, x in zip(each, apart, row, strict=True)]
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert [gamma.data_ptr() - together[0].data_ptr() for gamma in together] == [0, 4, 8]
+    assert all(gamma.untyped_storage().nbytes() == 4 for gamma in together)  # saved as any other parameter
+
+
+@pytest.mark.parametrize("why", ["dtypes", "shared"])
+def test_gammas_that_cannot_be_joined_are_updated_apart(why):
+    dtypes = (torch.float32, torch.float64) if why == "dtypes" else (torch.float32, torch.float32)
+    gammas = [nn.Parameter(torch.ones(1, dtype=dtype)) for dtype in dtypes]
+    if why == "shared":
+        gammas[1].share_memory_()
+    places = [gamma.data_ptr() for gamma in gammas]
+    optimizer = ProximalGradient(gammas, torch.tensor([0.1, 0.2]), lr=0.1)
+    alike = [nn.Parameter(torch.ones(1)) for _ in gammas]
+    other = ProximalGradient(alike, torch.tensor([0.1, 0.2]), lr=0.1)
+    for gradients in ([0.5, 0.5], [0.1, -2.0]):
+        assert descend(optimizer, gammas, gradients) == pytest.approx(descend(other, alike, gradients), rel=1e-6)
+    assert [gamma.dtype for gamma in gammas] == list(dtypes)
+    assert [gamma.data_ptr() for gamma in gammas] == places
+
+
+def test_a_graph_that_still_needs_the_old_gammas_is_refused():
+    gammas = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = ProximalGradient(gammas, torch.tensor([0.1, 0.2]), lr=0.1)
+    loss = torch.cat(gammas).sum() * gammas[0].square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_closures_are_refused():
     optimizer = ProximalGradient([nn.Parameter(torch.ones(1))], torch.zeros(1), lr=0.1)
     with pytest.raises(NotImplementedError, match="closure"):
