@@ -465,7 +465,8 @@ class PrimalDual(ConstrainedOptimizer):
             NonFiniteLoss: After ``max_skipped`` consecutive batches without a finite loss.
             LayerNotCalled: After the first batch, if some relaxed layers did not run.
         """
-        return self.update(self.cmp.evaluate(batch))
+        self._begin()  # before the forward pass, which can then have the memory of the last gradients
+        return self._update(self.cmp.evaluate(batch))
 
     def update(
         self, loss: Tensor, backward: Callable[[Tensor], Any] | None = None, last: bool | None = None
@@ -488,13 +489,23 @@ class PrimalDual(ConstrainedOptimizer):
         """
         if last is not None and self.accumulate > 1:
             raise AceError(f"update: last={last} with accumulate={self.accumulate}: only one of the two may count")
+        self._begin()
+        return self._update(loss, backward, last)
+
+    def _begin(self) -> None:
+        """Forget the gradients of the last update, once that was made."""
+        if self._micro_step == 0:
+            self.zero_grad()
+
+    def _update(
+        self, loss: Tensor, backward: Callable[[Tensor], Any] | None = None, last: bool | None = None
+    ) -> RollOut:
         self._stepped = None if self._settled is None else self._settled.violation
         first = self._micro_step == 0
         last = self._micro_step == self.accumulate - 1 if last is None else last
         # where it needs no batch, or a single one, the violation is known before the primal step
         dual_first = self.cmp.form != "paper" and (self._known or (first and last))
         if first:
-            self.zero_grad()
             self._before = None
             if self.step == 0:
                 check_called(self.cmp.model)

@@ -118,16 +118,18 @@ class Positions(nn.Module):
         self.select = select
         self.width = width
         self.value: Tensor | None = None
+        self.read = False  # by a term, in this forward pass
 
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: remember the positions."""
         del model
         self.value = select_argument(self.select, args, kwargs)
+        self.read = False
 
     def follow(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model: when the gradient comes back to this pass, so do its positions."""
         del model, args
-        if torch.compiler.is_compiling():  # a compiled graph keeps what it runs again together
+        if torch.compiler.is_compiling() or not self.read:  # a compiled graph keeps what it runs again together
             return
         value = self.value
 
@@ -223,6 +225,7 @@ class DenseTerm(nn.Module):
                     "a relaxation term takes the positions, but its layer was run outside of the model "
                     "that was relaxed: call the whole model"
                 )
+            self.positions.read = True
             values.append(self.positions.value.to(values[0].dtype).reshape(*rows, self.positions.width))
         if len(values) == 1:
             return values[0]
