@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -295,8 +296,9 @@ def plot(
     """Draw the learning curves of each task and model, and the trajectories of each method.
 
     comparison.png has all methods on all tasks at a glance: the test error relative to strict training, coloured by the
-    equivariance error. Where a suite swept options such as lr or task.train, the test error is drawn against each of
-    them instead of learning curves.
+    equivariance error; ranks.png, where there are several, the critical-difference diagram of [bold]ace ranks[/bold].
+    Where a suite swept options such as lr or task.train, the test error is drawn against each of them instead of
+    learning curves.
 
     [bold]Example:[/bold]  ace plot results/quick --out figures
     """
@@ -315,13 +317,18 @@ def plot(
             typer.echo(f"{path} left out: {error}", err=True)
         else:
             print(path)
+    named, conditions = comparison.by_setting(runs)
+    with suppress(AceError):  # too little to rank
+        ranks = comparison.rank(named, cases=["task", "model", *conditions])
+        plotting.plot_ranks(ranks, path := out / f"ranks.{suffix}")
+        print(path)
     for (task, model), of_pair in runs.groupby(["task", "model"]):
         for option in comparison.by_setting(of_pair)[1]:
             path = out / f"{task}-{model}-{option}.{suffix}"
             sweep: Any = plotting.plot_sweep(of_pair, option).figure
             sweep.savefig(path)
             print(path)
-    if comparison.by_setting(runs)[1]:
+    if conditions:
         return  # curves of different settings have no mean
     frame = results.load_histories(folder)
     comparisons = {

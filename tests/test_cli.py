@@ -130,7 +130,7 @@ def test_ranks_are_printed_and_drawn(tmp_path):
             run.mkdir(parents=True)
             (run / "config.yaml").write_text("")
             row = {"task": task, "model": "egnn", "method": method, "seed": 0, "test_shipped": error * factor}
-            (run / "summary.json").write_text(json.dumps(row))
+            (run / "summary.json").write_text(json.dumps({**row, "equivariance_rms": 0.0}))
     done = inside("ranks", str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[2:4] == ["| ace | 1.00 |", "| strict | 2.00 |"]
@@ -139,6 +139,9 @@ def test_ranks_are_printed_and_drawn(tmp_path):
     done = inside("ranks", str(tmp_path / "nbody"))
     assert done.returncode == 2
     assert "1 pairs" in done.stderr
+    done = inside("plot", str(tmp_path), "--suffix", "svg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(tmp_path / "figures" / "ranks.svg") in done.stdout.split()
 
 
 def colours(path):
