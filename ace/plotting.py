@@ -69,6 +69,7 @@ _CURVES: dict[str, tuple[str, str, Any, float]] = {  # quantity -> label, colour
     "valid_restored": ("validation, restored", _COLOURS[0], "-", 1.4),
 }
 _NAMED_LAYERS = 8  # up to here every layer has its line in a legend; beyond, a colour bar over depth
+_TICKS = 10  # values of a swept option that each get a tick
 _WORST = 3.0  # a ratio above it is written at the edge
 _KEPT_NAME = 28  # characters of a layer's path in a legend: the end tells layers apart
 
@@ -251,8 +252,12 @@ def plot_sweep(results: pd.DataFrame, option: str, metric: str = "test_shipped",
             ax.errorbar(of_value.mean().index, of_value.mean(), of_value.sem().fillna(0.0), label=method, **style)
         if pd.api.types.is_numeric_dtype(places := rows[option].infer_objects()):
             _set_scale(ax, places, "x")
+            if len(swept := sorted(places.unique())) <= _TICKS:
+                ax.set_xticks(swept, [f"{value:g}" for value in swept])
+                ax.minorticks_off()
         _set_scale(ax, values, span=3)
-        ax.set(xlabel=option, ylabel=metric)
+        ax.set(title=f"{rows['task'].iloc[0]}, {rows['model'].iloc[0]}", xlabel=option)
+        ax.set_ylabel("test error of the shipped model" if metric == "test_shipped" else metric)
         ax.legend(**_beside(rows))
 
     return _plot(draw, named, ax)
