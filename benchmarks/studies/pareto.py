@@ -33,6 +33,8 @@ OF_MODEL = "ace-resilient, whole model"
 """The method that pays for the error of the model, not for the terms of its layers."""
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 """Of the vertical axis, in each decade."""
+NARROW = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+"""The same where the highest point is less than three times the lowest."""
 STYLE = {
     "strict": ("black", "*"),
     "ace": ("tab:red", "X"),
@@ -191,7 +193,8 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
         )
     ax.set(xscale="log", yscale="log", xlabel="equivariance error of the shipped model on test data (rms)")
     ax.set_ylabel("test error of the shipped model, relative to strict")
-    ax.yaxis.set_major_locator(LogLocator(subs=TICKS, numticks=20))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=NARROW if high < 3 * low else TICKS, numticks=20))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:g}")
     ax.axvline(4 * edge, color="0.7", linewidth=0.8, linestyle=":")
