@@ -500,6 +500,7 @@ class PrimalDual(ConstrainedOptimizer):
     def _update(
         self, loss: Tensor, backward: Callable[[Tensor], Any] | None = None, last: bool | None = None
     ) -> RollOut:
+        """Do the rest of what ``update`` does."""
         self._stepped = None if self._settled is None else self._settled.violation
         first = self._micro_step == 0
         last = self._micro_step == self.accumulate - 1 if last is None else last

@@ -80,6 +80,7 @@ class ProximalGradient(torch.optim.Optimizer):
         self._scale: Tensor | None = None
         self._found: list[bool] = []
         self._places: list[int] = []
+        self._pieces: list[Tensor] = []
         # of ∂J/∂γ_i, of its square and of 1, shape (3, layers); all began at 0
         self._averages: Tensor = self.state[self._gammas[0]]["averages"]
         self._mean, self._mean_square, self._weight_so_far = self._averages
@@ -123,7 +124,9 @@ class ProximalGradient(torch.optim.Optimizer):
         scale = self.scale
         if self.carry:
             self.multiplier.mul_(scale / before)
-        if not self._places or [gamma.data_ptr() for gamma in gammas] != self._places:
+        if self._pieces:
+            torch.cat(gammas, out=self._row)
+        elif [gamma.data_ptr() for gamma in gammas] != self._places:
             self._join()
         moved = torch.sub(self._row, (gradient / scale).clamp_(-self.clip, self.clip), alpha=lr)
         threshold = (self.multiplier / scale).mul_(lr)
@@ -131,10 +134,10 @@ class ProximalGradient(torch.optim.Optimizer):
             threshold *= self.units
         # what is left of x once the part within the threshold is taken off
         torch.sub(moved, moved.clamp(-threshold, threshold), out=self._row).clamp_(-self.cap, self.cap)
-        if self._places:
-            torch.autograd.graph.increment_version(gammas)  # a graph that is still to use the old ones must know
+        if self._pieces:
+            torch._foreach_copy_(gammas, self._pieces)
         else:
-            torch._foreach_copy_(gammas, self._row.split(1))
+            torch.autograd.graph.increment_version(gammas)  # a graph that is still to use the old ones must know
         return self._row
 
     def _join(self) -> None:
@@ -146,14 +149,15 @@ class ProximalGradient(torch.optim.Optimizer):
         """
         gammas = self._gammas
         self._row = torch.cat([gamma.detach() for gamma in gammas])
-        self._places = []
-        if all(gamma.dtype == self._row.dtype and not gamma.is_shared() for gamma in gammas):
-            size, dtype = self._row.element_size(), self._row.dtype
-            memory = bytearray(size * len(gammas))
-            self._row = torch.frombuffer(memory, dtype=dtype).copy_(self._row)
-            for index, gamma in enumerate(gammas):
-                gamma.data = torch.frombuffer(memory, dtype=dtype, count=1, offset=index * size)
-            self._places = [gamma.data_ptr() for gamma in gammas]
+        if any(gamma.dtype != self._row.dtype or gamma.is_shared() for gamma in gammas):
+            self._pieces = list(self._row.split(1))  # cut anew in each step, it would cost as much as to write it
+            return
+        size, dtype = self._row.element_size(), self._row.dtype
+        memory = bytearray(size * len(gammas))
+        self._row = torch.frombuffer(memory, dtype=dtype).copy_(self._row)
+        for index, gamma in enumerate(gammas):
+            gamma.data = torch.frombuffer(memory, dtype=dtype, count=1, offset=index * size)
+        self._places = [gamma.data_ptr() for gamma in gammas]
 
     def _gradient(self) -> Tensor:
         """Return ∂J/∂γ_i, 0 where there is none: a retired term keeps its averages and λ."""

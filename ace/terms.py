@@ -117,25 +117,35 @@ class Positions(nn.Module):
         super().__init__()
         self.select = select
         self.width = width
-        self.value: Tensor | None = None
-        self.read = False  # by a term, in this forward pass
+        self._value: Tensor | None = None
+        self._read = False
+
+    @property
+    def value(self) -> Tensor | None:
+        """The positions of the last forward pass; once read, they are put back when its gradient comes."""
+        self._read = True
+        return self._value
+
+    @value.setter
+    def value(self, value: Tensor | None) -> None:
+        self._value = value
 
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: remember the positions."""
         del model
-        self.value = select_argument(self.select, args, kwargs)
-        self.read = False
+        self._value = select_argument(self.select, args, kwargs)
+        self._read = False
 
     def follow(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model: when the gradient comes back to this pass, so do its positions."""
         del model, args
-        if torch.compiler.is_compiling() or not self.read:  # a compiled graph keeps what it runs again together
+        if torch.compiler.is_compiling() or not self._read:  # a compiled graph keeps what it runs again together
             return
-        value = self.value
+        value = self._value
 
         def put_back(gradient: Tensor) -> None:
             del gradient
-            self.value = value
+            self._value = value
 
         for _, tensor in tensors_in(output):
             if tensor.requires_grad:
@@ -146,7 +156,7 @@ class Positions(nn.Module):
         return stage
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "value": None}  # never pickle or copy a tensor of a running graph
+        return {**self.__dict__, "_value": None}  # never pickle or copy a tensor of a running graph
 
 
 def select_argument(select: Select, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -220,13 +230,13 @@ class DenseTerm(nn.Module):
         values = [port(args, kwargs) for port in self.reads]
         rows = torch.broadcast_shapes(*(value.shape[:-1] for value in values))
         if self.positions is not None:
-            if self.positions.value is None:
+            positions = self.positions.value
+            if positions is None:
                 raise AceError(
                     "a relaxation term takes the positions, but its layer was run outside of the model "
                     "that was relaxed: call the whole model"
                 )
-            self.positions.read = True
-            values.append(self.positions.value.to(values[0].dtype).reshape(*rows, self.positions.width))
+            values.append(positions.to(values[0].dtype).reshape(*rows, self.positions.width))
         if len(values) == 1:
             return values[0]
         return torch.cat([value.expand(*rows, value.shape[-1]) for value in values], dim=-1)

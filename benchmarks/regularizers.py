@@ -120,8 +120,8 @@ class TurnRegularizer:
             weight, bias = _affine(term)
             kernel = _kernel(weight, len(into))
             turned = _turned(number, into, out, kernel, bias)
-            differences.append(_root((kernel - turned[0]).square().sum() + (bias - turned[1]).square().sum()))
-            norms.append(_root(kernel.square().sum() + bias.square().sum()))
+            differences.append(_norm(kernel - turned[0], bias - turned[1]))
+            norms.append(_norm(kernel, bias))
         return torch.stack(differences).sum(), torch.stack(norms).sum()
 
 
@@ -165,8 +165,7 @@ class ProjectionRegularizer:
             weight, bias = _affine(term)
             for factor, projection in projections:
                 kept = projection(weight, bias)
-                square = (weight - kept[0]).square().sum() + (bias - kept[1]).square().sum()
-                distances.append(factor * _root(square))
+                distances.append(factor * _norm(weight - kept[0], bias - kept[1]))
         return torch.stack(distances).sum()
 
 
@@ -368,6 +367,10 @@ def _affine(term: nn.Module) -> tuple[Tensor, Tensor]:
     weight, last = matrix_of(term), term.map[-1] if isinstance(term.map, nn.Sequential) else term.map
     assert weight is not None
     return weight, last.bias
+
+
+def _norm(weight: Tensor, bias: Tensor) -> Tensor:
+    return _root(weight.square().sum() + bias.square().sum())
 
 
 def _root(square: Tensor) -> Tensor:
