@@ -456,7 +456,7 @@ def plot_comparison(
         label = "test error of the shipped model" if metric == "test_shipped" else metric
         figure.supxlabel(f"{label}, relative to {to}", fontsize=10)
         bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=axes, aspect=40, pad=0.02)
-        bar.set_label("equivariance error of the shipped model (black: exact)")
+        bar.set_label("equivariance error\n(black: exact)")  # in one line it is higher than a single row of axes
         _save(figure, path)
 
 
