@@ -172,7 +172,7 @@ def test_tasks_lists_tasks_and_explains_missing_data(tmp_path, monkeypatch):
     ("name", "message"),
     [
         ("mocap-run", "ace data mocap`"),
-        ("mocap-walk", "35_01 to 35_16"),
+        ("mocap-walk", "ace data mocap`"),
         ("smoke2d", "python -m pip install phiflow"),
         ("nowhere", "there is: mocap, modelnet10, modelnet40, qm9, md, rotmnist, smoke2d"),
     ],
@@ -184,6 +184,25 @@ def test_data_that_cannot_be_had_are_explained(tmp_path, monkeypatch, name, mess
     done = inside("data", name)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    def fail(url, **options):
+        raise OSError("no route to host")
+
+    pooch = pytest.importorskip("pooch", reason="downloads need the extra 'bench'")
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path))
+    running = inside("data", "mocap")
+    monkeypatch.setattr("benchmarks.data.download_run", lambda: tmp_path / "run09.npz")
+    walking = inside("data", "mocap")
+    for done, file in ((running, "run09.npz"), (walking, "walk35.npz")):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "could not be downloaded (no route to host). Try again." in done.stderr
+        assert f"put {file} and {file}.sha256" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert f"The running motions are there: {tmp_path / 'run09.npz'}" in walking.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_download_is_there_and_every_task_has_an_answer():
