@@ -40,6 +40,7 @@ from ace.errors import (
 from ace.exponentiated import ExponentiatedGradient
 from ace.proximal import ProximalGradient
 from ace.relaxation import Relaxation, check_called, measuring, relaxations
+from ace.saliency import Saliency
 from ace.symmetry import Watch
 from ace.terms import matrix_of, operator_norm
 
@@ -347,6 +348,8 @@ class PrimalDual(ConstrainedOptimizer):
         penalty: c of the augmented form, in units of the loss.
         polish: Share of the steps, at the end, in which all relaxation is off (``Exact``) or within its bound
             (``Bounded``), in the proximal form.
+        saliency: With ``Exact`` in the proximal form, share of the loss that a term must be worth to be kept: one that
+            could be taken out for less is let go. 0 leaves it to γ and λ.
         clip: Largest norm of the gradient of θ; γ and u are left out.
         accumulate: Number of ``roll`` calls whose gradients are averaged into one update.
         scaler: A ``torch.amp.GradScaler``; with a wrapped optimizer that of the framework, which then updates it.
@@ -385,12 +388,13 @@ class PrimalDual(ConstrainedOptimizer):
         dual_lr: float | None = None,
         penalty: float = 1.0,
         polish: float = 0.2,
+        saliency: float = 0.01,
         clip: float | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
         max_skipped: int = 10,
     ) -> None:
-        _check_arguments(form, preset, steps, dual_lr, penalty, polish, accumulate, clip, max_skipped)
+        _check_arguments(form, preset, steps, dual_lr, penalty, polish, saliency, accumulate, clip, max_skipped)
         # steps and float16 are the wrapper's; its other methods may be held back, or load a copy
         self._wrapper: torch.optim.Optimizer | None = None
         if _WRAPPERS & {kind.__name__ for kind in type(primal_optimizer).__mro__}:
@@ -416,6 +420,8 @@ class PrimalDual(ConstrainedOptimizer):
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
         self._held: list[Relaxation] = []  # those of these layers, where their terms are in the graph still
         self._settled: ConstraintState | None = None  # what is observed once all of them are off
+        asked = saliency if problem.form == "proximal" and isinstance(problem.constraint, Exact) else 0.0
+        self._saliency = Saliency(list(problem.relaxations.values()), asked, steps)
         self._primal, dual = self._optimizers(problem, primal_optimizer, dual_lr, penalty)
         special = {id(p) for p in [*problem.gammas, problem.slack]}
         self._weights = [p for g in primal_optimizer.param_groups for p in g["params"] if id(p) not in special]
@@ -466,7 +472,26 @@ class PrimalDual(ConstrainedOptimizer):
             LayerNotCalled: After the first batch, if some relaxed layers did not run.
         """
         self._begin()  # before the forward pass, which can then have the memory of the last gradients
+        self.probe(batch)
         return self._update(self.cmp.evaluate(batch))
+
+    def probe(self, batch: Any) -> None:
+        """Where it is time to, measure what each term is worth on a batch, and let go of those worth too little.
+
+        ``roll`` begins with it. A loop of your own that calls ``update`` calls it before the forward pass of each;
+        if it does not, when a term is let go is up to γ and λ alone. Nearly always it returns at once: each term is
+        measured 40 times, less often where 1/5 of the steps would be fewer than the forward passes this takes.
+
+        Args:
+            batch: Handed to the loss function, once without each term. Random numbers of torch are the same each time,
+                and those of the training are what they would be without the call; so are buffers.
+        """
+        if self._micro_step > 0 or self._settled is not None or not self._saliency.due(self.step):
+            return
+        off = self._off | self._saliency.measure(self.cmp.model, lambda: self.cmp.loss(self.cmp.model, batch))
+        if not torch.equal(off, self._off):
+            with torch.no_grad():
+                self._retire(off)
 
     def update(
         self, loss: Tensor, backward: Callable[[Tensor], Any] | None = None, last: bool | None = None
@@ -770,6 +795,7 @@ class PrimalDual(ConstrainedOptimizer):
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "off": self._off.clone(),
+            "saliency": self._saliency.state_dict(),
             "square": self._square,
         }
 
@@ -792,6 +818,7 @@ class PrimalDual(ConstrainedOptimizer):
         self.cmp.step, self.skipped = state["step"], state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._square = None if state["square"] is None else state["square"].to(self.cmp.multiplier.device)
+        self._saliency.load_state_dict(state["saliency"])
         self._micro_step = 0
         with torch.no_grad():
             self._retire(state["off"].clone())
@@ -825,6 +852,7 @@ def _check_arguments(
     dual_lr: float | None,
     penalty: float,
     polish: float,
+    saliency: float,
     accumulate: int,
     clip: float | None,
     max_skipped: int,
@@ -842,6 +870,8 @@ def _check_arguments(
         problems.append(f"penalty={penalty}: must be positive")
     if not 0 <= polish < 1:
         problems.append(f"polish={polish}: a share of the steps, at least 0 and below 1")
+    if not 0 <= saliency < math.inf:
+        problems.append(f"saliency={saliency}: a share of the loss, such as 0.01; 0 keeps every term that γ and λ keep")
     if accumulate < 1:
         problems.append(f"accumulate={accumulate}: at least 1")
     if clip is not None and not clip > 0:

@@ -48,6 +48,7 @@ SCENARIOS = {
     "tolerance": (tolerance(ace.O3()), {}),
     "tolerance-several": (tolerance(ace.SO3(), ace.Tilts(), ace.Permutations()), {"clip": 0.5}),
     "tolerance-quantile": (tolerance(ace.O3(), quantile=0.8), {}),
+    "saliency": (ace.Exact(), {"steps": 100, "saliency": 0.02}),
     "price": (tolerance(ace.SO3(), ace.Tilts(), rho=3.0), {"accumulate": 2}),
 }
 
@@ -100,7 +101,9 @@ def posed(name, wrapping):
     problem = ace.Problem(model, evaluate, constraint)
     primal = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     options = {"steps": STEPS // options.get("accumulate", 1), **options}
-    return relaxed, problem, ace.PrimalDual(problem, primal, **options)
+    optimizer = ace.PrimalDual(problem, primal, **options)
+    optimizer._saliency.interval = 2  # or these few steps would see no measurement
+    return relaxed, problem, optimizer
 
 
 def alone(relaxed):
@@ -144,7 +147,8 @@ def train(name, wrapping=alone, rank=0, world=1, folder=None):
     with torch.no_grad():
         for gamma in problem.gammas:
             gamma.zero_()
-    return {**paths, "skipped": skipped, "shape": shape, **full(ace.restore(relaxed))}
+    salient = optimizer._saliency.mean.nan_to_num()
+    return {**paths, "skipped": skipped, "shape": shape, "salient": salient, **full(ace.restore(relaxed))}
 
 
 def refuse_what_is_wrapped(world):
