@@ -183,7 +183,7 @@ def report(frame: pd.DataFrame) -> str:
         found = rows[~rows["symmetric"]]
         angles = rows["angle"].dropna()
         angle = f"{angles.median():.1f}° ({angles.max():.1f}°)" if kind == "direction" and len(angles) else ""
-        counts = [str((found[name].fillna("") != "").sum()) for name in ("falsely_broken", "falsely_kept", "left_open")]
+        counts = [str(found[name].notna().sum()) for name in ("falsely_broken", "falsely_kept", "left_open")]
         cells = [kind, f"{strength:g}", str(len(rows)), str(len(found)), angle, *counts]
         lines.append([*cells, f"{rows['excess'].median():+.1%}"])
     parts += ["### Planted breaks\n", layout(heading, lines)]
