@@ -42,6 +42,7 @@ def train(folder, epochs=20, until=None, accumulate=1, **options):
         batches.set_epoch(epoch)
         for batch in batches:
             with accelerator.accumulate(model):
+                optimizer.probe(batch)
                 value = problem.evaluate(batch)
                 rollout = optimizer.update(value, backward=accelerator.backward, last=accelerator.sync_gradients)
             if accelerator.sync_gradients:

@@ -41,6 +41,7 @@ class Relaxed(lightning.LightningModule):
             self.resumed = None
 
     def training_step(self, batch, index):
+        self.primal_dual.probe(batch)
         value = self.problem.evaluate(batch)
         with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass, and lasts too long
             rollout = self.primal_dual.update(value, backward=self.manual_backward)
