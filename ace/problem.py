@@ -319,7 +319,8 @@ class PrimalDual(ConstrainedOptimizer):
 
     With ``Exact``, a term is retired when γ_i = 0 satisfies the optimality condition
     :math:`|\mathrm{E}\,g_i| \le \lambda_i r_i`, or when J without it is less than ``saliency`` higher (see ``probe``);
-    those left are retired for the last ``polish`` share of the steps, in which the restored model trains alone. With ``Resilient`` the slack is eliminated, λ_i stays in units of the loss,
+    those left are retired for the last ``polish`` share of the steps, in which the restored model trains alone. With
+    ``Resilient`` the slack is eliminated, λ_i stays in units of the loss,
     :math:`\lambda_i \leftarrow \lambda_i + \tfrac{40}{T}(\rho v_i - \lambda_i)`, and κ_γ = 5.
 
     With ``EquivarianceError``, γ stays in the primal optimizer, the Lagrangian has the price
