@@ -25,7 +25,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all runs done; some run failed; wrong command line, configuration or data; interrupted."""
 
 DOWNLOADS = {
-    "mocap": ("data", "download_motion"),
+    "mocap": ("motion", "download_motion"),
     "modelnet10": ("shapes", "download_modelnet10"),
     "modelnet40": ("shapes", "download_modelnet40"),
     "qm9": ("molecules", "download_qm9"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from server import serving
 
 from ace.errors import DataError
-from benchmarks import data
+from benchmarks import data, motion
 from benchmarks.acclaim import MOVES, TURNS, positions, read_amc, read_asf
 
 # --- Skeletons and recordings, described bone by bone and written as files
@@ -410,7 +410,7 @@ def site(tmp_path, monkeypatch):
         walks[trial] = (length, *trials[-1].mean((0, 1)).round(5).tolist(), round(float(speed), 5))
     starts = [np.arange(5), np.arange(3, 8)]
     split = ({1: starts[0]}, {0: starts[1]}, {2: starts[0]})
-    files[data.WALK_SPLIT_FILE] = pickle.dumps(split, 4)
+    files[motion.WALK_SPLIT_FILE] = pickle.dumps(split, 4)
     arrays = {
         "xyz": np.concatenate(trials).astype(np.float32),
         "trial_offset": np.array([0, 40, 76, 121]),
@@ -420,9 +420,9 @@ def site(tmp_path, monkeypatch):
     }
     monkeypatch.delenv("ACE_DATA", raising=False)
     monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "WALKS", walks)
-    monkeypatch.setattr(data, "JOINTS", " ".join(skeleton.names))
-    monkeypatch.setattr(data, "WALK_REST", data.checksum({k: v for k, v in arrays.items() if k != "xyz"}))
+    monkeypatch.setattr(motion, "WALKS", walks)
+    monkeypatch.setattr(motion, "JOINTS", " ".join(skeleton.names))
+    monkeypatch.setattr(motion, "WALK_REST", data.checksum({k: v for k, v in arrays.items() if k != "xyz"}))
     monkeypatch.setitem(data.CHECKSUMS, "walk35", data.checksum(arrays))
     return files, arrays
 
@@ -438,7 +438,7 @@ def download(site, tmp_path):
             for name, content in site[0].items():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (root / name).write_bytes(content)
-            return data.download_walk(address, f"{address}/35")
+            return motion.download_walk(address, f"{address}/35")
 
         yield fetch
 
@@ -447,8 +447,8 @@ def test_walking_motions_are_computed_and_verified(site, download, tmp_path):
     path = download()
     assert path == tmp_path / "cache" / "mocap" / "walk35.npz"
     assert sorted(file.name for file in path.parent.iterdir()) == ["walk35.npz", "walk35.npz.sha256"]
-    loaded = data.load_motion("walk35")
-    assert set(loaded) == set(data.MOTION_ARRAYS)
+    loaded = motion.load_motion("walk35")
+    assert set(loaded) == set(motion.MOTION_ARRAYS)
     for name, array in site[1].items():
         if name == "xyz":
             np.testing.assert_allclose(loaded[name], array, rtol=1e-6, atol=1e-6)
@@ -478,15 +478,15 @@ def one_wrong_number(files):
 
 
 def other_split(files):
-    files[data.WALK_SPLIT_FILE] = pickle.dumps(({2: np.arange(5)}, {0: np.arange(3, 8)}, {1: np.arange(5)}), 4)
+    files[motion.WALK_SPLIT_FILE] = pickle.dumps(({2: np.arange(5)}, {0: np.arange(3, 8)}, {1: np.arange(5)}), 4)
 
 
 def no_split(files):
-    files[data.WALK_SPLIT_FILE] = pickle.dumps([1, 2, 3])
+    files[motion.WALK_SPLIT_FILE] = pickle.dumps([1, 2, 3])
 
 
 def truncated_split(files):
-    files[data.WALK_SPLIT_FILE] = files[data.WALK_SPLIT_FILE][:-30]
+    files[motion.WALK_SPLIT_FILE] = files[motion.WALK_SPLIT_FILE][:-30]
 
 
 def too_short(files):
@@ -555,15 +555,15 @@ def test_what_was_made_elsewhere_may_differ_by_rounding(site, tmp_path):
     """And the published file needs no checksum beside it, but must be the published numbers."""
     arrays, path = site[1], tmp_path / "cache" / "mocap" / "walk35.npz"
     rounded = {**arrays, "xyz": np.nextafter(arrays["xyz"], np.float32(np.inf))}
-    assert data.walk_fault(rounded) == ""
+    assert motion.walk_fault(rounded) == ""
     data.save_arrays(path, rounded)
-    np.testing.assert_array_equal(data.load_motion("walk35")["xyz"], rounded["xyz"])
+    np.testing.assert_array_equal(motion.load_motion("walk35")["xyz"], rounded["xyz"])
     checksum = data.checksum_file(path)
     stated = checksum.read_text()
     for wrong, message in (("0" * 64, "truncated or altered"), (None, "does not hold the published numbers of walk35")):
         checksum.unlink() if wrong is None else checksum.write_text(wrong)
         with pytest.raises(DataError, match=message):
-            data.load_motion("walk35")
+            motion.load_motion("walk35")
     checksum.write_text(stated)
     for change in (
         {"xyz": arrays["xyz"] + np.float32(1e-3)},
@@ -574,26 +574,26 @@ def test_what_was_made_elsewhere_may_differ_by_rounding(site, tmp_path):
         {"edges": arrays["edges"][::-1]},
     ):
         data.save_arrays(path, {**arrays, **change})
-        assert data.walk_fault({**arrays, **change})
+        assert motion.walk_fault({**arrays, **change})
         with pytest.raises(DataError, match="does not hold the published numbers of walk35"):
-            data.load_motion("walk35")
+            motion.load_motion("walk35")
     data.save_arrays(path, arrays)
     checksum.unlink()
-    np.testing.assert_array_equal(data.load_motion("walk35")["xyz"], arrays["xyz"])
+    np.testing.assert_array_equal(motion.load_motion("walk35")["xyz"], arrays["xyz"])
 
 
 def test_without_the_walking_motions_the_running_ones_are_kept(site, monkeypatch, tmp_path):
     run, walk = tmp_path / "mocap" / "run09.npz", tmp_path / "mocap" / "walk35.npz"
-    monkeypatch.setattr(data, "download_run", lambda: run)
-    monkeypatch.setattr(data, "download_walk", lambda: walk)
-    assert data.download_motion() == tmp_path / "mocap"
+    monkeypatch.setattr(motion, "download_run", lambda: run)
+    monkeypatch.setattr(motion, "download_walk", lambda: walk)
+    assert motion.download_motion() == tmp_path / "mocap"
 
     def fail():
         raise DataError("35.asf could not be downloaded. Try again.")
 
-    monkeypatch.setattr(data, "download_walk", fail)
+    monkeypatch.setattr(motion, "download_walk", fail)
     with pytest.raises(DataError, match=rf"Try again\. The running motions are there: {re.escape(str(run))}\.$"):
-        data.download_motion()
+        motion.download_motion()
 
 
 # --- The real numbers
@@ -604,17 +604,17 @@ real_data = pytest.mark.skipif(not os.environ.get("ACE_DATA"), reason="ACE_DATA 
 @pytest.mark.data
 @real_data
 def test_the_published_walking_motions_have_the_numbers_that_are_asked_for():
-    arrays = data.load_motion("walk35")
-    assert data.walk_fault(arrays) == ""
+    arrays = motion.load_motion("walk35")
+    assert motion.walk_fault(arrays) == ""
     offset = arrays["trial_offset"]
     numbers = [*range(1, 17), *range(28, 35)]
-    assert list(data.WALKS) == [f"35_{number:02}" for number in numbers]
-    assert [frames for frames, *_ in data.WALKS.values()] == np.diff(offset).tolist()
+    assert list(motion.WALKS) == [f"35_{number:02}" for number in numbers]
+    assert [frames for frames, *_ in motion.WALKS.values()] == np.diff(offset).tolist()
     xyz = arrays["xyz"].copy()
     first, second = (slice(offset[trial], offset[trial + 1]) for trial in (2, 3))  # both have 401 frames
     xyz[first], xyz[second] = arrays["xyz"][second], arrays["xyz"][first]
-    assert "35_03" in data.walk_fault({**arrays, "xyz": xyz})
+    assert "35_03" in motion.walk_fault({**arrays, "xyz": xyz})
     for trial, joint in itertools.product((0, 9, 22), (0, 5, 22, 30)):
         xyz = arrays["xyz"].copy()
         xyz[offset[trial] : offset[trial + 1], joint, 1] += 1e-3  # a twentieth of a millimetre
-        assert list(data.WALKS)[trial] in data.walk_fault({**arrays, "xyz": xyz})
+        assert list(motion.WALKS)[trial] in motion.walk_fault({**arrays, "xyz": xyz})

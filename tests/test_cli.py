@@ -194,7 +194,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(pooch, "retrieve", fail)
     monkeypatch.setenv("ACE_CACHE", str(tmp_path))
     running = inside("data", "mocap")
-    monkeypatch.setattr("benchmarks.data.download_run", lambda: tmp_path / "run09.npz")
+    monkeypatch.setattr("benchmarks.motion.download_run", lambda: tmp_path / "run09.npz")
     walking = inside("data", "mocap")
     for done, file in ((running, "run09.npz"), (walking, "walk35.npz")):
         assert (done.returncode, done.stdout) == (2, "")

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from ace.errors import ConfigError
 from benchmarks import data
 from benchmarks.models import MODELS
+from benchmarks.motion import load_motion
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.mocap import MotionCapture, skeleton_edges
 
@@ -199,7 +200,7 @@ def test_real_data_have_the_published_sizes_and_baselines(motion, sizes, still, 
 @pytest.mark.parametrize("motion", ["run", "walk"])
 def test_real_samples_are_the_definition(motion):
     task = MotionCapture(motion)
-    arrays = data.load_motion({"run": "run09", "walk": "walk35"}[motion])
+    arrays = load_motion({"run": "run09", "walk": "walk35"}[motion])
     assert_samples(task, arrays, "valid", "val", 600)
 
 

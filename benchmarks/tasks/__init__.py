@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import plugins, shapes
-from benchmarks.data import explain_file, explain_motion, find_file, find_motion
+from benchmarks.data import explain_file, find_file
 from benchmarks.molecules import md_available, qm9_available
+from benchmarks.motion import explain_motion, find_motion
 from benchmarks.tasks import rotmnist, smoke
 from benchmarks.tasks.base import Batch, Task
 from benchmarks.tasks.broken import Broken, BrokenSO2

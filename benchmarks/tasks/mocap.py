@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from ace.errors import ConfigError
 from ace.groups import E3, SO2
 from ace.symmetry import act_by_sample
-from benchmarks.data import load_motion
+from benchmarks.motion import load_motion
 from benchmarks.tasks.base import Batch, Dynamics, Samples
 
 SUBJECTS = {"run": "run09", "walk": "walk35"}
