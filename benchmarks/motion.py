@@ -14,7 +14,6 @@ from benchmarks.data import (
     cache_folder,
     checksum,
     checksum_file,
-    explain_file,
     find_file,
     load_arrays,
     load_file,
@@ -95,14 +94,9 @@ WALK_REST = "02f19e56ddf55f83ae748a271240575346d4f89c0488be36d7d9c27d5e849eba"
 """`checksum` of the arrays of the walking motions but for the positions."""
 
 
-def find_motion(subject: str) -> Path | None:
-    """Path of a motion capture file, in ``$ACE_DATA`` or else in the cache folder, or ``None``."""
-    return find_file(f"mocap/{subject}.npz")
-
-
-def explain_motion(subject: str) -> str:
-    """What to do when `find_motion` finds nothing."""
-    return explain_file(f"mocap/{subject}.npz", MOTION_HOW)
+def motion_file(subject: str) -> str:
+    """Data file, as in `find_file`, of ``"run09"`` or ``"walk35"``."""
+    return f"mocap/{subject}.npz"
 
 
 def load_motion(subject: str) -> dict[str, np.ndarray]:
@@ -121,7 +115,7 @@ def load_motion(subject: str) -> dict[str, np.ndarray]:
         DataError: Not found, unreadable, or not the published numbers; walking motions that `download_walk` made
             may differ from them by rounding.
     """
-    relative = f"mocap/{subject}.npz"
+    relative = motion_file(subject)
     path = find_file(relative)
     if subject == "walk35" and path is not None and checksum_file(path).is_file():
         arrays = load_arrays(path)
@@ -158,7 +152,7 @@ def download_run(origin: str = ORIGIN) -> Path:
     Raises:
         DataError: No connection, or what arrived is not the published data. Nothing is written then.
     """
-    relative = "mocap/run09.npz"
+    relative = motion_file("run09")
     advice = retry(relative, "mocap")
     with tempfile.TemporaryDirectory() as folder:
         urls = [f"{origin}/{name}" for name in MOTION_FILES]
@@ -185,7 +179,7 @@ def download_walk(origin: str = ORIGIN, recordings: str = RECORDINGS) -> Path:
     Raises:
         DataError: No connection, or what arrived is not the published data but for rounding. Nothing is written then.
     """
-    relative = "mocap/walk35.npz"
+    relative = motion_file("walk35")
     advice = retry(relative, "mocap")
     with tempfile.TemporaryDirectory() as folder:
 

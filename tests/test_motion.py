@@ -170,11 +170,11 @@ def test_missing_data_say_where_they_were_looked_for(cache, tmp_path, monkeypatc
 def test_ace_data_comes_before_the_cache(cache, tmp_path, monkeypatch):
     arrays = made_up_motion()
     data.save_arrays(cache / "mocap" / "run09.npz", arrays)
-    assert motion.find_motion("run09") == cache / "mocap" / "run09.npz"
+    assert data.find_file(motion.motion_file("run09")) == cache / "mocap" / "run09.npz"
     monkeypatch.setenv("ACE_DATA", str(tmp_path))
-    assert motion.find_motion("run09") == cache / "mocap" / "run09.npz"
+    assert data.find_file(motion.motion_file("run09")) == cache / "mocap" / "run09.npz"
     data.save_arrays(tmp_path / "mocap" / "run09.npz", arrays)
-    assert motion.find_motion("run09") == tmp_path / "mocap" / "run09.npz"
+    assert data.find_file(motion.motion_file("run09")) == tmp_path / "mocap" / "run09.npz"
 
 
 def test_damaged_motion_files_are_refused(cache, monkeypatch):

@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks import plugins, shapes
 from benchmarks.data import explain_file, find_file
 from benchmarks.molecules import md_available, qm9_available
-from benchmarks.motion import explain_motion, find_motion
+from benchmarks.motion import MOTION_HOW, motion_file
 from benchmarks.tasks import rotmnist, smoke
 from benchmarks.tasks.base import Batch, Task
 from benchmarks.tasks.broken import Broken, BrokenSO2
@@ -38,10 +38,6 @@ class TaskEntry:
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
 
 
-def _motion_available(subject: str) -> tuple[bool, str]:
-    return (True, "") if find_motion(subject) else (False, explain_motion(subject))
-
-
 def _file_available(relative: str, how: str) -> tuple[bool, str]:
     return (True, "") if find_file(relative) else (False, explain_file(relative, how))
 
@@ -54,7 +50,9 @@ TASKS = {
     "nbody-gravity": TaskEntry(Gravity, ("egnn", "segnn")),
     **{
         f"mocap-{motion}{turned * '-turned'}": TaskEntry(
-            partial(MotionCapture, motion, turned=turned), ("egno", "egnn"), partial(_motion_available, subject)
+            partial(MotionCapture, motion, turned=turned),
+            ("egno", "egnn"),
+            partial(_file_available, motion_file(subject), MOTION_HOW),
         )
         for turned in (False, True)
         for motion, subject in SUBJECTS.items()
