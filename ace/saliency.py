@@ -24,7 +24,7 @@ from ace.relaxation import Relaxation
 
 PROBES = 40
 """How often each term is measured in the planned steps."""
-PRICE = 5
+SPACING = 5
 """Least number of steps from one measurement to the next, for each forward pass that it takes."""
 ENOUGH = 3
 """Measurements before a term is let go: the first are those of a model that has learnt nothing yet."""
@@ -58,7 +58,7 @@ class Saliency:
     def __init__(self, relaxations: Sequence[Relaxation], threshold: float, steps: int) -> None:
         self.relaxations = relaxations
         self.threshold = threshold
-        self.interval = max(steps // PROBES, PRICE * (len(relaxations) + 1))
+        self.interval = max(steps // PROBES, SPACING * (len(relaxations) + 1))
         self.mean = torch.full((len(relaxations),), math.inf, dtype=torch.float64)
         self.count = 0
 
@@ -114,7 +114,8 @@ class Saliency:
         for terms in sets:
             with _without([self.relaxations[index] for index in terms]), torch.random.fork_rng(devices):
                 value = loss().detach()
-                values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
+                # a copy: a graph that is replayed writes to the same place
+                values.append(value.to(torch.promote_types(value.dtype, torch.float32), copy=True))
         return (total(torch.stack(values)) / world_size()).tolist()
 
 
