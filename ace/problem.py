@@ -419,7 +419,7 @@ class PrimalDual(ConstrainedOptimizer):
         self._stepped: Tensor | None = None  # γ after the step of this update, to gather it once
         self._layers = tuple(problem.relaxations)
         self._off = torch.zeros(len(problem.relaxations), dtype=torch.bool)
-        self._held: list[Relaxation] = []  # those of these layers, where their terms are in the graph still
+        self._held: list[tuple[Relaxation, nn.Parameter]] = []  # of these layers, with γ
         self._settled: ConstraintState | None = None  # what is observed once all of them are off
         asked = saliency if problem.form == "proximal" and isinstance(problem.constraint, Exact) else 0.0
         self._saliency = Saliency(list(problem.relaxations.values()), asked, steps)
@@ -635,8 +635,9 @@ class PrimalDual(ConstrainedOptimizer):
         """Descend on γ, then on the weights; retire the terms that have met their constraint for good."""
         if self.cmp.form == "proximal":
             self._proximal.units = self._units()
-            for relaxation in self._held:
-                relaxation.zero_grad()
+            for relaxation, gamma in self._held:
+                if gamma.grad is not None:  # under a wrapper, or compiled: the term is in the graph still
+                    relaxation.zero_grad()
         # the weights last: a wrapper updates the scaler after them
         for optimizer in reversed(self._moving):
             if self._wrapper is not None and optimizer is self._primal[0]:
@@ -720,8 +721,8 @@ class PrimalDual(ConstrainedOptimizer):
             relaxation.retired = relaxation.retired and is_off
             if is_off and not relaxation.retired:
                 relaxation.retire(keep)
-            if is_off and keep:
-                self._held.append(relaxation)
+            if is_off:
+                self._held.append((relaxation, relaxation.gamma))
         self._off = off
         self._settled = None
         if off.all():

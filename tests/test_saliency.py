@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import Even, batches, regression, symmetric_batches
+from toys import Even, batches, regression, relaxed_network, symmetric_batches
 
 import ace
 import ace.saliency
@@ -196,6 +196,21 @@ def test_resuming_is_bitwise(split):
     assert_equal(roll(second, data[split:]), expected[split:])
     assert_equal(everything(second.cmp.model), everything(straight.cmp.model))
     assert straight._off.any()
+
+
+def test_a_compiled_model_is_compiled_once_and_its_retired_terms_stay_off():
+    torch.manual_seed(0)
+    model = relaxed_network()
+    optimizer = posed(torch.compile(model, fullgraph=True, backend="aot_eager"), 1000)
+    data = batches(110)
+    optimizer.roll(data[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in data[1:]:
+            optimizer.roll(batch)
+    off = optimizer._off
+    assert off.any()
+    assert not off.all()
+    assert not torch.cat(optimizer.cmp.gammas)[off].any()
 
 
 def test_a_loss_with_forces():
