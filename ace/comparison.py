@@ -64,7 +64,8 @@ def by_setting(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             option = column.removeprefix(f"{OPTION}method.")
             names.iloc[places] += [f", {option}={written(value)}" for value in of_method[column]]
     conditions = {column: column.removeprefix(OPTION) for column in swept if column not in settings}
-    named = results.assign(method=names).rename(columns=conditions)
+    twice = results.columns.intersection(list(conditions.values()))  # the steps that were done, and those asked for
+    named = results.drop(columns=twice).assign(method=names).rename(columns=conditions)
     for column in conditions.values():  # an option that other tasks do not have
         named[column] = named[column].astype(object).where(named[column].notna(), "")
     return named, list(conditions.values())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
-from ace.comparison import compare, rank
+from ace.comparison import by_setting, compare, rank
 from ace.errors import AceError
 from ace.plotting import plot_ranks
 from ace.tables import table
@@ -189,3 +189,11 @@ def test_a_diverged_run_is_last_and_a_method_not_run_everywhere_left_out(tmp_pat
         rank(runs({"a": [1.0], "b": [2.0]}), "test")
     with pytest.raises(AceError, match="not everywhere: a, b"):
         rank(pd.concat([runs({"a": [1.0]}, "t0"), runs({"b": [1.0]}, "t1")]), "test")
+
+
+def test_steps_that_were_swept_are_a_condition_once():
+    rows = [("nbody", "egnn", m, s, steps, steps, 1.0) for m in ("strict", "ace") for s in (0, 1) for steps in (10, 30)]
+    columns = ["task", "model", "method", "seed", "steps", "config.steps", "test_shipped"]
+    named, conditions = by_setting(pd.DataFrame(rows, columns=columns))
+    assert conditions == ["steps"]
+    assert named["steps"].tolist() == [10, 30] * 4

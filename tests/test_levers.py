@@ -11,17 +11,25 @@ from scipy.stats import ttest_rel
 
 from benchmarks.studies.levers import ACE, SAME, STRICT, levers, report
 
-SETTINGS = [("strict", 600, 0.0), ("ace", 600, 0.0), ("ace", 600, 0.9), ("strict", 200, 0.0), ("ace", 200, 0.0)]
+SETTINGS = [
+    ("strict", 600, 0.0, None),
+    ("ace", 600, 0.0, None),
+    ("ace", 600, 0.0, 8),
+    ("strict", 200, 0.0, None),
+    ("ace", 200, 0.0, None),
+]
+"""Method, steps, average and rank."""
 
 
 def runs(errors):
-    """Rows of three seeds of each of the settings; strict training has no term."""
+    """Rows of three seeds of each of the settings; strict training has no term, terms have no rank as a rule."""
     rows = [
-        (method, seed, steps, average, None if method == "strict" else "linear", error)
-        for (method, steps, average), of_setting in zip(SETTINGS, errors, strict=True)
+        (method, seed, steps, average, None if method == "strict" else "linear", rank, error)
+        for (method, steps, average, rank), of_setting in zip(SETTINGS, errors, strict=True)
         for seed, error in enumerate(of_setting)
     ]
-    columns = ["method", "seed", "config.steps", "config.average", "config.method.term", "test_shipped"]
+    options = [f"config.{name}" for name in ("steps", "average", "method.term", "method.rank")]
+    columns = ["method", "seed", *options, "test_shipped"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -32,13 +40,13 @@ ERRORS = st.lists(st.lists(st.floats(0.5, 2), min_size=3, max_size=3, unique=Tru
 def test_ratios_and_p_values(errors, random):
     frame = runs(errors)
     found = levers(frame).set_index("lever")
-    assert found.index.tolist() == ["none", "average=0.9", "steps=200"]
-    strict, ace, averaged, strict_short, ace_short = map(np.array, errors)
+    assert found.index.tolist() == ["none", "method.rank=8", "steps=200"]
+    strict, ace, ranked, strict_short, ace_short = map(np.array, errors)
     expected = {
         ("none", SAME): (ace, strict),
         ("none", STRICT): (ace, strict),
-        ("average=0.9", STRICT): (averaged, strict),
-        ("average=0.9", ACE): (averaged, ace),
+        ("method.rank=8", STRICT): (ranked, strict),
+        ("method.rank=8", ACE): (ranked, ace),
         ("steps=200", SAME): (ace_short, strict_short),
         ("steps=200", STRICT): (ace_short, strict),
         ("steps=200", ACE): (ace_short, ace),
@@ -52,7 +60,7 @@ def test_ratios_and_p_values(errors, random):
             p = ttest_rel(np.log(one), np.log(other)).pvalue
             number = sum(compared == what for _, compared in expected)
             assert p - 1e-9 <= found.loc[lever, f"{what} p"] <= min(1, number * p) + 1e-9
-    assert np.isnan(found.loc["average=0.9", SAME])
+    assert np.isnan(found.loc["method.rank=8", SAME])
     assert found.loc["none", ACE] == 1
     shuffled = list(range(len(frame)))
     random.shuffle(shuffled)
@@ -67,5 +75,5 @@ def test_report(tmp_path):
     lines = narrow((tmp_path / "levers.md").read_text()).splitlines()
     assert lines[0] == "### nbody, egnn"
     assert lines[2].startswith(f"| lever | ace / {SAME} | ace / {STRICT} | ace / {ACE} |")
-    assert [line.split(" | ")[0] for line in lines[4:]] == ["| none", "| average=0.9", "| steps=200"]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| none", "| method.rank=8", "| steps=200"]
     assert lines[4].endswith("| 1.000 |")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from ace.comparison import OPTION, holm, written
+from ace.comparison import OPTION, check_seeds, holm, written
 from ace.history import replace_file
 from ace.tables import layout
 
@@ -28,10 +28,10 @@ def levers(runs: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: One row per run of strict training and of `ace`, of one task and model: ``method``, ``seed``, the options
-            and ``test_shipped``. The usual setting is that of most runs; both methods have it.
+            and ``test_shipped``. The usual value of an option is that of most runs of `ace`.
 
     Returns:
-        One row per setting of `ace`, in the order of the runs: ``lever``, the options that are not the usual ones, and
+        One row per setting of `ace`, the usual one first: ``lever``, the options that are not the usual ones, and
         for each comparison the mean of the ratio (its name), the standard error (with ``" ±"``), and the two-sided p of
         a paired t-test on logarithms (with ``" p"``), adjusted for the number of settings by Holm's rule; missing where
         there are no such runs, or all seeds have the same ratio.
@@ -45,16 +45,18 @@ def levers(runs: pd.DataFrame) -> pd.DataFrame:
         [['none', 0.58, 1.0], ['average=0.9', 0.38, 0.62]]
     """
     options = [name for name in runs if str(name).startswith(OPTION)]
-    usual = runs[options].mode().iloc[0]
+    usual = runs.loc[runs["method"] == "ace", options].mode(dropna=False).iloc[0]
 
     def lever(row: pd.Series[str]) -> str:
-        apart = [name for name in options if not pd.isna(row[name]) and row[name] != usual[name]]
+        own = [name for name in options if row["method"] == "ace" or not name.startswith(f"{OPTION}method.")]
+        apart = [name for name in own if row[name] != usual[name] and not (pd.isna(row[name]) and pd.isna(usual[name]))]
         return ", ".join(f"{name.removeprefix(OPTION)}={written(row[name])}" for name in apart) or NONE
 
     runs = runs.assign(lever=runs.apply(lever, axis=1))
-    errors = runs.pivot_table("test_shipped", "seed", ["method", "lever"], sort=False)
+    check_seeds(runs, ["method", "lever", "seed"])
+    errors = runs.pivot_table("test_shipped", "seed", ["method", "lever"])
     rows = []
-    for name in errors["ace"]:
+    for name in sorted(errors["ace"], key=lambda name: (name != NONE, name)):
         row = {"lever": name}
         for what, (method, setting) in {
             SAME: ("strict", name),
