@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -185,7 +186,8 @@ def retrieve(url: str, folder: str, relative: str, command: str) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     try:
-        return Path(pooch.retrieve(url, known_hash=None, path=folder, fname=Path(url).name))
+        bar = sys.stderr.isatty()
+        return Path(pooch.retrieve(url, known_hash=None, path=folder, fname=Path(url).name, progressbar=bar))
     except OSError as error:  # also every error of requests
         raise DataError(f"{url} could not be downloaded ({error}). {retry(relative, command)}") from error
 
