@@ -63,7 +63,8 @@ def test_describe():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_the_path_and_leaves_the_library_as_it_was(name):
-    setting = Setting(strength=1.0, steps=120)
+    # what terms are worth decides where they are worth little
+    setting = Setting(strength=0.0, steps=1000) if "saliency" in name else Setting(strength=1.0, steps=120)
     _, before = train(setting)
     _, changed = train(replace(setting, variant=name))
     assert not torch.equal(changed, before)

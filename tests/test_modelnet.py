@@ -151,7 +151,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setenv("ACE_CACHE", str(tmp_path / "cache"))
     files = {}
 
-    def retrieve(url, known_hash, path, fname):
+    def retrieve(url, known_hash, path, fname, progressbar):
         if url not in files:
             raise OSError("no connection")
         (tmp_path / fname).write_bytes(files[url])
