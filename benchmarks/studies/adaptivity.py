@@ -173,6 +173,13 @@ def grid() -> list[Setting]:
     runs += [Setting(strength=s, batch=512, samples=n, seed=seed) for seed in range(2) for n in SAMPLES for s in TWO]
     runs += [Setting(strength=s, steps=LENGTHS[3], seed=seed) for seed in range(2) for s in TWO]
     runs += [Setting(strength=s, steps=LENGTHS[4]) for s in TWO]
+    # so many samples that none is seen often: long training, but nothing to learn by heart
+    runs += [
+        Setting(strength=s, steps=steps, samples=SAMPLES[-1], seed=seed)
+        for seed in range(2)
+        for steps in LENGTHS[3:]
+        for s in TWO
+    ]
     result: dict[Setting, None] = {}
     for run in runs:
         result[run] = None
@@ -386,9 +393,11 @@ def parts(runs: pd.DataFrame) -> dict[str, tuple[list[str], pd.DataFrame]]:
     batch, primal, length, one_out = (varying(name, "strength") for name in ("batch", "primal", "steps", "variant"))
     unit = varying("primal", "scale", "strength")
     samples = varying("samples", "batch", "strength")[1].query("batch == 512 and strength in @TWO")
+    unseen = varying("steps", "samples", "strength")[1].query("samples == @SAMPLES[-1]")
     return {
         "Strength and depth of the break": varying("depth", "strength"),
         "Training length": _among(length, "strength", TWO),
+        f"Training length, on {SAMPLES[-1]:,} samples": (["steps", "strength"], unseen),
         "Batch size": _among(batch, "strength", FEW),
         "Training samples, at batch 512": (["samples", "strength"], samples),
         "Optimizer of the weights": _among(_among(primal, "strength", FEW), "primal", PRIMALS),
