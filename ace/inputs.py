@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ace.calls import Path, map_paths, parts_of, rebuild, tensors_in
-from ace.groups import SO2, SO3, Cyclic, Element, act, finding
+from ace.errors import AceError
+from ace.groups import SO2, SO3, Cyclic, Element, Group, act, finding
 
 TYPE_OF_NAME = {
     **dict.fromkeys(("pos", "positions", "_positions", "coords", "coors", "coordinates", "loc", "xyz"), "position"),
@@ -106,20 +107,30 @@ def register_motion(container: type, move: Callable[[Any], Any]) -> None:
     _MOTIONS[container] = move
 
 
-def moved_example(model: nn.Module, example: Any, given: Mapping[int | str, str] | None = None) -> Any:
-    """Transform an example by one element of the group that its inputs suggest, or return None if none do.
+def moved_example(
+    model: nn.Module,
+    example: Any,
+    given: Mapping[int | str, str] | None = None,
+    group: Group | None = None,
+) -> Any:
+    """Transform an example by one element of the group, or return None if nothing moves.
 
-    Vectors and positions are rotated in space or in the plane, images by a quarter turn, registered containers
-    by an element of their own group. If no input has a type that moves, floating-point inputs whose last axis
-    is 3 are taken for vectors, or, failing these, square images of four axes for images.
+    Without a group its inputs suggest one: vectors and positions are rotated in space or in the plane, images by
+    a quarter turn. Registered containers are moved by an element of their own group. If no input has a type that
+    moves, floating-point inputs whose last axis is 3 are taken for vectors, or, failing these, square images of
+    four axes for images.
 
     Args:
         model: The model that is called with the example.
         example: As in ``ace.relax``.
         given: Types by name or position.
+        group: Where the element is drawn from, the same for all inputs.
 
     Returns:
         A transformed copy, or None, also where the transform changes nothing (an example of zeros).
+
+    Raises:
+        AceError: ``group`` moves none of the inputs, or does not act on one of them.
 
     Example:
         >>> import torch
@@ -135,13 +146,17 @@ def moved_example(model: nn.Module, example: Any, given: Mapping[int | str, str]
         floats = [entry for entry in inputs if entry.value.is_floating_point() and entry.value.dim() > 1]
         moving = [replace(entry, kind="vector") for entry in floats if entry.value.shape[-1] == 3]
         moving = moving or [replace(entry, kind="image") for entry in floats if _is_image(entry.value)]
-    values = {}
-    for entry in moving:
-        element = _element(entry)
-        if element is not None:
-            there = act(element, entry.value.detach(), entry.kind)
-            if not torch.equal(there, entry.value):
-                values[entry.path] = there.requires_grad_(entry.value.requires_grad)
+    values: dict[Path, Tensor] = {}
+    if group is None:
+        for entry in moving:
+            if (element := _element(entry)) is not None:
+                values |= _moved(element, [entry])
+    else:
+        elements = group.sample(8, seed=1)  # of a finite group some may be the identity
+        values = next((found for element in elements if (found := _moved(element, moving))), {})
+        if not values and not any_moved:
+            kinds = ", ".join(f"{entry.name} ({entry.kind})" for entry in inputs) or "none"
+            raise AceError(f"group={group} moves no input of the example: {kinds}; inputs= says what transforms how")
     if not values and not any_moved:
         return None
     return with_inputs(changed if isinstance(example, tuple | dict) else changed[0], values)
@@ -185,6 +200,16 @@ def _element(entry: Input) -> Element | None:
     turns = [turn for turn in Cyclic(4).sample(4) if turn.plane is not None and float(turn.plane[0, 0]) < 0.5]
     candidates = turns if entry.kind.endswith("image") else [*SO3().sample(1, seed=1), *SO2().sample(1, seed=1)]
     return next((element for element in candidates if finding(element, entry.value, entry.kind) is None), None)
+
+
+def _moved(element: Element, moving: list[Input]) -> dict[Path, Tensor]:
+    """The inputs that this element changes."""
+    there = {entry.path: act(element, entry.value.detach(), entry.kind) for entry in moving}
+    return {
+        entry.path: there[entry.path].requires_grad_(entry.value.requires_grad)
+        for entry in moving
+        if not torch.equal(there[entry.path], entry.value)
+    }
 
 
 def _is_image(value: Tensor) -> bool:

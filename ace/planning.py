@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ace.calls import tensors_in
 from ace.errors import AceError, LayerNotCalled, NoLayerMatched, NotAttachable
 from ace.generic import generic_term
+from ace.groups import Group
 from ace.inputs import moved_example, parameter_names, positions_of, unused_names
 from ace.probing import is_inert, is_scripted, record, record_both, unreached
 from ace.terms import (
@@ -70,6 +71,7 @@ def plan(
     make: Make,
     positions: Select | None,
     inputs: Mapping[int | str, str] | None,
+    group: Group | None,
 ) -> Plan:
     """Decide which layers of a model get which terms; nothing is changed.
 
@@ -81,6 +83,7 @@ def plan(
         make: Makes the map of a dense term.
         positions: The positions that all terms are to read, if the user gave them.
         inputs: Types of the model's inputs by name or position.
+        group: Symmetry of the model, if the inputs do not suggest it.
 
     Returns:
         The plan.
@@ -89,7 +92,7 @@ def plan(
         NoLayerMatched: No layer was chosen, or none can carry a term.
         NotAttachable: Some layers that the user chose cannot carry a term; all are listed with the reason.
         LayerNotCalled: The example does not run some of them.
-        AceError: ``inputs`` names no input.
+        AceError: ``inputs`` names no input, or ``group`` moves none.
     """
     load_hosts()  # the rules also tell what an example holds, and how it moves
     if example is not None and (unknown := unused_names(model, example, inputs)):
@@ -101,7 +104,7 @@ def plan(
     spared = _matcher(exclude, "exclude") if exclude is not None else lambda path, module: False
     if layers is not None or example is None:
         chosen = _choose(model, layers, exclude, spared)
-        trial = _Trial(model, chosen, example, make, positions, inputs)
+        trial = _Trial(model, chosen, example, make, positions, inputs, group)
         if layers is not None:
             return trial.plan(_explicit(chosen, trial, example))
         whole = _without_parts(chosen)
@@ -112,7 +115,7 @@ def plan(
                 "nothing else can be tried: pass example=batch"
             )
         return trial.plan(_explicit(whole, trial, example))
-    trial = _Trial(model, _visible(model), example, make, positions, inputs)
+    trial = _Trial(model, _visible(model), example, make, positions, inputs, group)
     found = _registered(model, trial, spared) or _outermost(model, trial, spared)
     for path, module in trial.layers.items():
         if is_scripted(module) and next(module.parameters(), None) is not None:
@@ -133,6 +136,7 @@ class _Trial:
         make: Make,
         positions: Select | None,
         inputs: Mapping[int | str, str] | None,
+        group: Group | None,
     ) -> None:
         self.model, self.layers, self.example, self.make = model, layers, example, make
         self.calls: dict[str, Call] = {}
@@ -146,9 +150,9 @@ class _Trial:
         self.rows: tuple[int, ...] = ()
         if example is None:
             return
-        there = moved_example(model, example, inputs)
+        there = moved_example(model, example, inputs, group)
         if there is not None:
-            move = partial(moved_example, model, given=inputs)
+            move = partial(moved_example, model, given=inputs, group=group)
             self.calls, self.moved = record_both(model, layers, example, move)
         else:
             self.calls = record(model, layers, example)

@@ -28,6 +28,7 @@ from ace.errors import (
     NotRelaxed,
     ShapeMismatch,
 )
+from ace.groups import Group
 from ace.planning import NAME, Layers, not_called, plan
 from ace.probing import evaluating
 from ace.terms import MAPS, Make, Positions, Select, low_rank
@@ -133,6 +134,7 @@ def relax(
     normalize: bool = False,
     positions: Select | None = None,
     inputs: Mapping[int | str, str] | None = None,
+    group: Group | None = None,
 ) -> Model:
     r"""Add a relaxation term to each chosen layer: f = f_eq + γ·f_neq, with γ = 1 at the start.
 
@@ -164,6 +166,10 @@ def relax(
             ``example``. Default: found by name or shape, and read only beside invariant layers.
         inputs: Types of the model's inputs by argument position, argument name, key or attribute, as in
             ``ace.equivariance_error``, where their names and shapes do not tell.
+        group: Symmetry of the model, an element of which transforms the example. Needs ``example``. Default:
+            rotations of space or of the plane, for images quarter turns. To be told for a model that is symmetric
+            under a part of these only, say ``ace.SO2()`` where the vertical is built in: to all of them even its
+            invariant features look as if they moved.
 
     Returns:
         The same model.
@@ -173,7 +179,8 @@ def relax(
         NoLayerMatched: No layer was chosen, or none can carry a term; the message lists what was tried.
         NotAttachable: Some layers named by ``layers`` cannot carry a term that acts; all are listed with the reason.
         LayerNotCalled: The example does not run some chosen layers through ``__call__``.
-        AceError: The model is wrapped in ``DistributedDataParallel`` or sharded already.
+        AceError: The model is wrapped in ``DistributedDataParallel`` or sharded already; ``inputs`` names no input;
+            ``group`` moves none.
 
     Example:
         >>> import torch, ace
@@ -197,8 +204,10 @@ def relax(
         raise AceError(f"rank={rank!r} with term={term!r}: a rank is a number >= 1, and only linear terms have one")
     if positions is not None and example is None:
         raise AceError("positions= needs example=, which shows the layers whose rows are those of the positions")
+    if group is not None and example is None:
+        raise AceError("group= needs example=, on which terms are tried: pass example=batch")
     make = low_rank(rank) if rank is not None else MAPS[term] if isinstance(term, str) else term
-    planned = plan(model, layers, exclude, example, make, positions, inputs)
+    planned = plan(model, layers, exclude, example, make, positions, inputs, group)
     modules = dict(model.named_modules())
     strict = {path: (type(modules[path]).__name__, reason) for path, reason in planned.strict.items()}
     for path, term_ in planned.terms.items():

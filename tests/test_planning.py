@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import ace
 from ace.calls import register_container
 from ace.errors import AceError, NoLayerMatched, NotAttachable
+from ace.inputs import moved_example
 from ace.terms import RANK, WIDE
 from benchmarks.models.vn import VNDGCNN
 
@@ -236,6 +237,53 @@ def test_inputs_whose_names_do_not_tell():
     assert list(ace.relaxations(relaxed)) == ["mix"]
     with pytest.raises(AceError, match="inputs= names 'q'"):
         ace.relax(Momenta(), example=p, inputs={"q": "2x1o"})
+
+
+class Upright(nn.Module):
+    """Knows the vertical: invariant under rotations about an axis only, by the heights and the distances from it."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.up = torch.eye(3)["xyz".index(axis)]
+        self.inner = nn.Linear(2, 3)
+
+    def forward(self, pos):
+        up = self.up.to(pos)
+        height = pos @ up
+        around = pos - height[:, None] * up
+        return self.inner(torch.stack((height, torch.linalg.vector_norm(around, dim=-1)), -1))
+
+
+@pytest.mark.parametrize("axis", ["x", "z"])
+def test_a_model_that_knows_the_vertical_has_its_group_named(axis):
+    group = ace.SO2(axis=tuple(torch.eye(3)["xyz".index(axis)].tolist()))
+
+    def error(model):
+        moves = {"inputs": {"pos": "position"}, "outputs": "invariant", "seed": 0}
+        return float(ace.equivariance_error(model.double(), {"pos": POS.double()}, group, **moves))
+
+    assert error(Upright(axis)) < 1e-12
+    # to other rotations its heights look as if they moved, so the term is put on them, where it breaks nothing
+    assert error(ace.relax(Upright(axis), nn.Linear, {"pos": POS})) < 1e-12
+    relaxed = ace.relax(Upright(axis), nn.Linear, {"pos": POS}, group=group)
+    assert relaxed.inner.relaxation.term.map.in_features == 2 + 3
+    assert error(relaxed) > 1e-2
+
+
+def test_a_finite_group_moves_all_inputs_alike():
+    terms = [ace.relax(Network(), example=POS, group=group) for group in (ace.Octahedral(), ace.O3(), None)]
+    assert all(list(ace.relaxations(relaxed)) == ["layers.0", "layers.1"] for relaxed in terms)
+    inputs, flat = {"a": "vector", "b": "vector"}, POS * torch.tensor([1.0, 0.0, 1.0])
+    moved = moved_example(lambda a, b: a, (POS, flat), inputs, ace.Reflections((0, 1, 0)))
+    torch.testing.assert_close(moved[0], POS * torch.tensor([1.0, -1.0, 1.0]))
+    torch.testing.assert_close(moved[1], flat)  # it lies in the mirror
+
+
+def test_a_group_that_moves_nothing_is_refused():
+    with pytest.raises(AceError, match=r"moves no input of the example: pos \(vector\)"):
+        ace.relax(Network(), example={"pos": POS}, group=ace.Translations(), inputs={"pos": "vector"})
+    with pytest.raises(AceError, match="group= needs example="):
+        ace.relax(Network(), group=ace.SO2())
 
 
 def test_a_gate_of_e3nn_is_relaxed_on_request_only():
