@@ -154,11 +154,11 @@ def moved_example(
     else:
         elements = group.sample(8, seed=1)  # of a finite group some may be the identity
         values = next((found for element in elements if (found := _moved(element, moving))), {})
-        if not values and not any_moved:
-            kinds = ", ".join(f"{entry.name} ({entry.kind})" for entry in inputs) or "none"
-            raise AceError(f"group={group} moves no input of the example: {kinds}; inputs= says what transforms how")
     if not values and not any_moved:
-        return None
+        if group is None:
+            return None
+        kinds = ", ".join(f"{entry.name} ({entry.kind})" for entry in inputs) or "none"
+        raise AceError(f"group={group} moves no input of the example: {kinds}; inputs= says what transforms how")
     return with_inputs(changed if isinstance(example, tuple | dict) else changed[0], values)
 
 
@@ -204,11 +204,11 @@ def _element(entry: Input) -> Element | None:
 
 def _moved(element: Element, moving: list[Input]) -> dict[Path, Tensor]:
     """The inputs that this element changes."""
-    there = {entry.path: act(element, entry.value.detach(), entry.kind) for entry in moving}
+    there = ((entry, act(element, entry.value.detach(), entry.kind)) for entry in moving)
     return {
-        entry.path: there[entry.path].requires_grad_(entry.value.requires_grad)
-        for entry in moving
-        if not torch.equal(there[entry.path], entry.value)
+        entry.path: value.requires_grad_(entry.value.requires_grad)
+        for entry, value in there
+        if not torch.equal(value, entry.value)
     }
 
 

@@ -69,3 +69,10 @@ def test_without_a_run_of_ace_there_is_nothing_to_say(tmp_path):
     write(tmp_path, "one", "strict", gammas=GAMMAS)
     with pytest.raises(AceError, match="no finished run of ace"):
         letting_go([tmp_path])
+
+
+def test_runs_of_other_terms_are_not_taken_for_one_another(tmp_path):
+    for term in ("linear", "mlp"):
+        write(tmp_path, term, gammas=GAMMAS, **{"config.method.term": term})
+    with pytest.raises(AceError, match="appear more than once"):
+        letting_go([tmp_path])

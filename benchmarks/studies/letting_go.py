@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ace.comparison import OPTION, written
+from ace.comparison import OPTION, check_seeds, written
 from ace.errors import AceError
 from ace.history import History, replace_file
 from ace.results import load_results
@@ -36,13 +36,15 @@ def letting_go(folders: list[Path]) -> pd.DataFrame:
         ``layer``, and ``share``, of the steps, after which its γ stays 0.
 
     Raises:
-        AceError: There is no run of `ace`.
+        AceError: There is no run of `ace`, or runs differ in other options than these.
     """
     found = [load_results(folder).assign(folder=str(folder)) for folder in folders]
     runs = pd.concat([runs[runs["method"] == "ace"] for runs in found], ignore_index=True)
     if runs.empty:
         raise AceError(f"no finished run of ace in {', '.join(map(str, folders))}")
-    options = [column for column in runs if str(column).startswith(f"{OPTION}task.")]
+    options = [column for column in runs if str(column).startswith(OPTION)]
+    runs = runs.drop_duplicates(["task", "model", "seed", "steps", *options])
+    options = [option for option in options if option.startswith(f"{OPTION}task.")]
     rows = []
     for (task, model), of_pair in runs.groupby(["task", "model"], sort=False):
         swept = [option for option in options if len({written(value) for value in of_pair[option]}) > 1]
@@ -54,7 +56,9 @@ def letting_go(folders: list[Path]) -> pd.DataFrame:
                 last = of_layer.loc[of_layer["value"] != 0, "step"].max()
                 share = 0.0 if np.isnan(last) else round(last / run["steps"], 4)
                 rows.append((", ".join([task, model, *names]), run["steps"], run["seed"], layer, share))
-    return pd.DataFrame(rows, columns=COLUMNS).drop_duplicates([*CASE, "seed", "layer"], ignore_index=True)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    check_seeds(frame, [*CASE, "seed", "layer"])
+    return frame
 
 
 def table(frame: pd.DataFrame) -> str:
